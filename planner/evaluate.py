@@ -1,0 +1,319 @@
+"""One plan, judged: memory gate, step tables, simulation, metrics.
+
+An `Evaluator` holds what all plans of a request share (model, machines, workload, engine, cost
+model) and the caches: step tables by layer shape, work bounds by shape. Plans that differ in
+batching limits or replicas only share their tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from costmodels import CostModel, StepTables, compile_tables
+from hardware import Cluster, InputError
+from planner.bounds import WorkBounds, metric_bounds, work_bounds
+from planner.engines import EngineProfile
+from planner.memory import MemoryPlan, plan_memory
+from planner.models import ModelSpec, attention_cap_tokens, step_terms
+from planner.objectives import bound_vector
+from planner.plans import PlanPoint, PlanSpace, check_plan
+from planner.simulator import SchedulerConfig, SimulationResult, simulate
+from planner.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A simulated plan: metrics in the contract's names, memory, interval, provenance."""
+
+    point: PlanPoint
+    metrics: dict[str, Any]
+    memory: MemoryPlan
+    breakdown_s: dict[str, float]
+    interval: dict[str, dict[str, tuple[float, float]]]
+
+    def entry(self, meets_slo: bool, misses: list[dict[str, Any]]) -> dict[str, Any]:
+        """One element of `plans` in the result."""
+        return {
+            "id": self.point.id,
+            "plan": self.point.to_dict(),
+            "meets_slo": meets_slo,
+            "slo_misses": misses,
+            "metrics": self.metrics,
+            "memory_bytes_per_device": self.memory.as_dict(),
+            "interval": {
+                metric: {name: list(pair) for name, pair in rows.items()}
+                for metric, rows in self.interval.items()
+            },
+            "breakdown_s": self.breakdown_s,
+        }
+
+
+class Evaluator:
+    """Judges plans of one request. Not thread-safe while it builds tables."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        cluster: Cluster,
+        workload: Workload,
+        engine: EngineProfile,
+        model: CostModel,
+        *,
+        slo: Mapping[str, Mapping[str, float]] | None = None,
+        prices: Mapping[str, float] | None = None,
+        table_tokens: int = 0,
+        table_seqs: int = 0,
+        tables: dict[tuple[Any, ...], StepTables] | None = None,
+    ) -> None:
+        self.spec, self.cluster, self.workload = spec, cluster, workload
+        self.engine, self.model = engine, model
+        self.slo = dict(slo or {})
+        self.prices = dict(prices or {})
+        self.table_tokens, self.table_seqs = table_tokens, table_seqs
+        self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
+        self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
+
+    # --- what every plan shares -----------------------------------------------------------
+
+    @cached_property
+    def mean_sequence_tokens(self) -> float:
+        """Mean KV length of a running request: its input and half of its output."""
+        work = self.workload
+        return float(np.mean(work.input_tokens + 0.5 * work.output_tokens))
+
+    @cached_property
+    def longest_sequence_tokens(self) -> int:
+        """Input and output of the longest request."""
+        return int((self.workload.input_tokens + self.workload.output_tokens).max())
+
+    @cached_property
+    def longest_input_tokens(self) -> int:
+        """The longest prompt."""
+        return int(self.workload.input_tokens.max())
+
+    # --- gates ------------------------------------------------------------------------------
+
+    def memory(self, point: PlanPoint) -> MemoryPlan:
+        """Memory of one worker of the plan."""
+        return plan_memory(
+            self.spec,
+            self.cluster.pool(point.pool).device,
+            self.engine,
+            point.degrees,
+            weights=point.weights,
+            kv_cache=point.kv_cache,
+            max_num_seqs=point.max_num_seqs,
+            max_num_batched_tokens=point.max_num_batched_tokens,
+            cuda_graphs=point.cuda_graphs,
+            memory_fraction=point.memory_fraction,
+            mean_sequence_tokens=self.mean_sequence_tokens,
+            longest_sequence_tokens=self.longest_sequence_tokens,
+        )
+
+    def reject(self, point: PlanPoint) -> str | None:
+        """Why the plan cannot serve this workload at all, or None."""
+        problem = check_plan(point, self.spec, self.cluster)
+        if problem:
+            return problem.reason
+        limit = self.spec.max_context_tokens
+        if limit and self.longest_sequence_tokens > limit:
+            return (
+                f"the longest request needs {self.longest_sequence_tokens} tokens of context, "
+                f"{self.spec.name} holds {limit}"
+            )
+        if not point.chunked_prefill and self.longest_input_tokens > point.max_num_batched_tokens:
+            return (
+                f"without chunked prefill the longest prompt ({self.longest_input_tokens} tokens) does "
+                f"not fit in max_num_batched_tokens {point.max_num_batched_tokens}"
+            )
+        return self.memory(point).shortfall or None
+
+    # --- costs ------------------------------------------------------------------------------
+
+    def shape_key(self, point: PlanPoint) -> tuple[Any, ...]:
+        """What the step tables of a plan depend on."""
+        return (
+            self.spec.name, self.spec.quantization, self.engine.engine, self.engine.version,
+            point.pool, self.cluster.pool(point.pool), self.cluster.inter_node, point.degrees, point.weights,
+            point.activations, point.kv_cache, point.cuda_graphs, self._sizes(point),
+            _round_up(self.longest_sequence_tokens),
+        )  # fmt: skip
+
+    def _sizes(self, point: PlanPoint) -> tuple[int, int]:
+        """(tokens, sequences) the tables of a plan must reach."""
+        longest = 0 if point.chunked_prefill else self.longest_input_tokens
+        tokens = max(self.table_tokens, point.max_num_batched_tokens, longest)
+        sequences = max(self.table_seqs, point.max_num_seqs)
+        if not self.workload.concurrency:
+            sequences = min(sequences, _round_up(len(self.workload)))
+        else:
+            sequences = min(sequences, _round_up(self.workload.concurrency))
+        return _round_up(tokens), max(1, sequences)
+
+    def tables(self, point: PlanPoint) -> StepTables:
+        """Step tables of the plan's shape, compiled once."""
+        key = self.shape_key(point)
+        found = self._tables.get(key)
+        if found is not None:
+            return found
+        pool = self.cluster.pool(point.pool)
+        degrees = point.degrees
+        stage = degrees.tensor * degrees.attention_data
+        terms = step_terms(
+            self.spec,
+            degrees,
+            weights=point.weights,
+            activations=point.activations,
+            kv_cache=point.kv_cache,
+            tp_group=self.cluster.group(pool.name, degrees.tensor),
+            ep_group=self.cluster.group(pool.name, stage),
+            pp_group=self.cluster.group(pool.name, 2, stride=stage) if degrees.pipeline > 1 else None,
+        )
+        tokens, sequences = self._sizes(point)
+        host = self.engine.host_overhead(
+            pool.device,
+            degrees.tensor,
+            max(self.table_seqs, point.max_num_seqs),
+            cuda_graphs=point.cuda_graphs,
+        )
+        compiled = compile_tables(
+            terms,
+            pool.device,
+            self.model,
+            pipeline=degrees.pipeline,
+            attention_data=degrees.attention_data,
+            max_slot_tokens=tokens,
+            max_slot_sequences=sequences,
+            max_context_tokens=_round_up(self.longest_sequence_tokens),
+            cap_tokens=attention_cap_tokens(self.spec),
+            host=host,
+            devices_per_worker=point.worker_devices,
+        )
+        self._tables[key] = compiled
+        return compiled
+
+    # --- judging ----------------------------------------------------------------------------
+
+    def price(self, point: PlanPoint) -> float:
+        """USD per hour of all devices of the plan."""
+        device = self.cluster.pool(point.pool).device
+        return self.prices.get(device.name, device.usd_per_hour) * point.devices
+
+    def scheduler(self, point: PlanPoint, memory: MemoryPlan) -> SchedulerConfig:
+        """The plan's batching as the simulator takes it."""
+        block = self.engine.block_tokens
+        return SchedulerConfig(
+            max_num_seqs=point.max_num_seqs,
+            max_num_batched_tokens=point.max_num_batched_tokens,
+            kv_blocks=memory.kv_tokens // block,
+            block_tokens=block,
+            policy=self.engine.policy,
+            chunked_prefill=point.chunked_prefill,
+            admission=self.engine.admission,
+            watermark=self.engine.watermark,
+            prefix_caching=point.prefix_caching,
+            pipeline=point.pipeline,
+            attention_data=point.attention_data,
+            replicas=point.replicas,
+        )
+
+    def run(self, point: PlanPoint, *, time_factor: float = 1.0) -> tuple[SimulationResult, MemoryPlan]:
+        """Simulate the whole workload on a plan that `reject` lets pass."""
+        memory = self.memory(point)
+        if memory.shortfall:
+            raise InputError("plan", memory.shortfall)
+        tables = self.tables(point)
+        if time_factor != 1.0:
+            tables = tables.scaled(time_factor)
+        device = self.cluster.pool(point.pool).device
+        peak_format = point.activations if point.activations in device.peak_flops_per_s else "bf16"
+        result = simulate(
+            self.workload,
+            tables,
+            self.scheduler(point, memory),
+            devices=point.devices,
+            idle_w_per_device=device.idle_w,
+            peak_flops_per_s=device.peak_flops_per_s[peak_format],
+            memory_bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s,
+            usd_per_hour=self.price(point),
+            slo=self.slo,
+        )
+        return result, memory
+
+    def evaluate(self, point: PlanPoint, *, interval: bool = True) -> Evaluation:
+        """Metrics, memory and 90 % interval of a plan that `reject` lets pass."""
+        result, memory = self.run(point)
+        metrics = result.metrics()
+        kv_used = result.peak_kv_blocks * self.engine.block_tokens / max(1, point.attention_data)
+        used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
+        used += min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)
+        metrics["memory_bytes"] = used * point.devices
+        breakdown = metrics.pop("breakdown_s")
+        rows: dict[str, dict[str, tuple[float, float]]] = {}
+        if interval:
+            low, high = self.tables(point).interval_factor
+            ends = [self.run(point, time_factor=factor)[0].metrics() for factor in (low, high)]
+            for metric in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+                rows[metric] = {
+                    name: _ordered(value, ends[0][metric][name], ends[1][metric][name])
+                    for name, value in metrics[metric].items()
+                    if value is not None
+                }
+            for metric in ("output_tokens_per_s", "energy_j"):
+                rows[metric] = {"value": _ordered(metrics[metric], ends[0][metric], ends[1][metric])}
+        return Evaluation(point, metrics, memory, breakdown, rows)
+
+    # --- bounds -----------------------------------------------------------------------------
+
+    def bounds(self, point: PlanPoint) -> dict[str, float]:
+        """Admissible bounds on the plan's metrics (see `planner.bounds`)."""
+        key = (*self.shape_key(point), point.prefix_caching)
+        work = self._bounds.get(key)
+        if work is None:
+            work = work_bounds(self.workload, self.tables(point), prefix_caching=point.prefix_caching)
+            self._bounds[key] = work
+        device = self.cluster.pool(point.pool).device
+        return metric_bounds(
+            work,
+            replicas=point.replicas,
+            devices=point.devices,
+            idle_w=device.idle_w,
+            usd_per_hour=self.price(point),
+        )
+
+    def bound_vector(self, point: PlanPoint, objectives: tuple[str, ...], bounds: Mapping[str, float]) -> Any:
+        """[m] optimistic objective values of a plan."""
+        memory = self.memory(point)
+        least = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
+        return bound_vector(
+            objectives, bounds, float(self.workload.output_tokens.sum()), least * point.devices
+        )
+
+
+def table_sizes(space: PlanSpace) -> tuple[int, int]:
+    """(tokens, sequences) that tables shared by a whole space must reach."""
+    tokens = seqs = 1
+    for layout, _ in space.groups:
+        for row in space.batching(space.cluster.pool(layout.pool), layout.degrees):
+            seqs, tokens = max(seqs, row[0]), max(tokens, row[1])
+    return tokens, seqs
+
+
+def _ordered(value: float, *others: float) -> tuple[float, float]:
+    """(low, high) of a value and its two ends; a faster machine may queue differently."""
+    return min(value, *others), max(value, *others)
+
+
+def _round_up(value: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, ... : few distinct table sizes, little waste."""
+    power = 1
+    while power < value:
+        if power * 3 // 2 >= value and power >= 2:
+            return power * 3 // 2
+        power *= 2
+    return power

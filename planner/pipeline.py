@@ -1,0 +1,297 @@
+"""From a request to an answer: the whole way on one screen.
+
+Pure: no database, no network; the clock and the seed are arguments. Files are read only where
+the request names them (`base_dir` says where relative paths start, `allow_paths` whether any
+path may be read at all).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from costmodels import CostModel, StepTables, default_cost_model
+from hardware import Catalog, Cluster, InputError, build_cluster, load_catalog
+from planner.engines import EngineProfile, load_profile
+from planner.evaluate import Evaluator, table_sizes
+from planner.explain import recommend
+from planner.models import ModelSpec, load_model
+from planner.objectives import slo_misses
+from planner.pareto import hypervolume, normalise
+from planner.plans import PlanSpace, check_plan, resolve_plan
+from planner.request import Plan, PlanningRequest, parse_plan, parse_request
+from planner.result import PlanEntry, PlanningResult, Provenance, Recommended, RejectedEntry, SearchEntry
+from planner.search import Outcome, choose_searcher
+from planner.search.base import ProgressCallback
+from planner.workload import Workload, load_workload
+
+#: Rejections listed in a result; further ones are counted in `search.rejected`.
+MAX_REJECTED = 200
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """A request with everything it names loaded and checked."""
+
+    request: PlanningRequest
+    spec: ModelSpec
+    cluster: Cluster
+    engine: EngineProfile
+    workload: Workload
+    workload_summary: dict[str, Any]
+    model: CostModel
+    catalog: Catalog
+
+    def evaluator(self, **options: Any) -> Evaluator:
+        """An evaluator of this question's plans."""
+        return Evaluator(
+            self.spec,
+            self.cluster,
+            self.workload,
+            self.engine,
+            self.model,
+            slo=self.request.slo.bounds(),
+            prices=self.request.prices,
+            **options,
+        )
+
+
+class Planner:
+    """Answers requests; keeps what successive requests share (catalog, models, step tables)."""
+
+    def __init__(
+        self, *, catalog: Catalog | None = None, base_dir: Path | None = None, allow_paths: bool = True
+    ) -> None:
+        self.catalog = catalog or load_catalog()
+        self.base_dir = base_dir or Path.cwd()
+        self.allow_paths = allow_paths
+        self._tables: dict[tuple[Any, ...], StepTables] = {}
+        self._workloads: dict[str, tuple[Workload, dict[str, Any]]] = {}
+        self._models: dict[str, ModelSpec] = {}
+        self._costs: dict[str, CostModel] = {}
+
+    # --- loading ------------------------------------------------------------------------------
+
+    def load(self, data: Any) -> Question:
+        """Validate a request and load what it names. Raises InputError."""
+        request = parse_request(data)
+        engine = load_profile(request.engine.name, request.engine.version)
+        if request.model not in self._models:
+            self._models[request.model] = load_model(
+                request.model, allow_paths=self.allow_paths, base_dir=self.base_dir
+            )
+        if not self.allow_paths:
+            for index, pool in enumerate(request.cluster.pools):
+                if pool.topology is not None:
+                    raise InputError(
+                        f"cluster.pools[{index}].topology", "files are read on the command line only"
+                    )
+        cluster = build_cluster(
+            [pool.model_dump(exclude_none=True) for pool in request.cluster.pools],
+            request.cluster.inter_node.kind if request.cluster.inter_node else None,
+            self.catalog,
+            base_dir=self.base_dir,
+        )
+        for name in request.prices:
+            self.catalog.device(name, f"prices.{name}")
+        workload, summary = self._workload(request)
+        if engine.engine not in self._costs:
+            self._costs[engine.engine] = default_cost_model(engine.engine)
+        return Question(
+            request, self._models[request.model], cluster, engine, workload, summary,
+            self._costs[engine.engine], self.catalog,
+        )  # fmt: skip
+
+    def _workload(self, request: PlanningRequest) -> tuple[Workload, dict[str, Any]]:
+        mapping = request.workload.model_dump(exclude_none=True)
+        key = repr(mapping)
+        if key not in self._workloads:
+            if request.workload.trace is not None and not self.allow_paths:
+                raise InputError("workload.trace.path", "files are read on the command line only")
+            workload, summary, report = load_workload(mapping, self.base_dir)
+            facts = summary.as_dict()
+            if report is not None:
+                facts["trace"] = report.as_dict()
+            self._workloads.clear()  # one at a time: a workload can be large
+            self._workloads[key] = (workload, facts)
+        return self._workloads[key]
+
+    # --- planning -----------------------------------------------------------------------------
+
+    def plan(
+        self,
+        data: Any,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        progress: ProgressCallback | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        workers: int = 1,
+    ) -> PlanningResult:
+        """The Pareto front of plans for a request. Raises InputError for input that cannot be used."""
+        question = self.load(data)
+        request = question.request
+        space = PlanSpace(question.spec, question.cluster, question.engine, request.space)
+        if not space.groups:
+            raise _empty_space(space)
+        tokens, seqs = table_sizes(space)
+        evaluator = question.evaluator(table_tokens=tokens, table_seqs=seqs, tables=self._tables)
+        outcome = choose_searcher(request.search.method).search(
+            evaluator,
+            space,
+            request.objectives,
+            budget_s=request.search.budget_s,
+            seed=request.search.seed,
+            clock=clock,
+            progress=progress,
+            cancelled=cancelled,
+            workers=workers,
+        )
+        return _result(question, evaluator, outcome)
+
+    def evaluate(self, data: Any, plan: Any = None) -> dict[str, Any]:
+        """One plan of a request, judged: `{"status", "plans" or "rejected", "provenance"}`.
+
+        `plan` may stand in the request's own `plan` key. Raises InputError for a request or
+        plan that cannot be read; a plan that cannot run is an answer (`infeasible`).
+        """
+        if plan is None:
+            if not isinstance(data, Mapping) or "plan" not in data:
+                raise InputError("plan", "this field is required: evaluate judges one plan")
+            plan = data["plan"]
+            data = {key: value for key, value in data.items() if key not in ("plan", "id")}
+        asked: Plan = parse_plan(plan)
+        question = self.load(data)
+        evaluator = question.evaluator(tables=self._tables)
+        point = resolve_plan(asked, question.spec, question.cluster, question.engine)
+        problem = check_plan(point, question.spec, question.cluster)
+        reason = evaluator.reject(point)
+        if reason:
+            return {
+                "status": "infeasible",
+                "plans": [],
+                "rejected": [
+                    {
+                        "plan": point.to_dict(),
+                        "reason": reason,
+                        "field": f"plan.{problem.field}" if problem else "",
+                    }
+                ],
+                "provenance": _provenance(question, []).model_dump(mode="json"),
+            }
+        evaluation = evaluator.evaluate(point)
+        misses = slo_misses(evaluator.slo, evaluation.metrics)
+        return {
+            "status": "ok",
+            "plans": [evaluation.entry(not misses, [miss.as_dict() for miss in misses])],
+            "provenance": _provenance(question, evaluator.tables(point).provenance).model_dump(mode="json"),
+        }
+
+
+def plan(data: Any, **options: Any) -> PlanningResult:
+    """`Planner().plan(data)`: for one request in a program."""
+    return Planner().plan(data, **options)
+
+
+def evaluate(data: Any, plan: Any = None) -> dict[str, Any]:
+    """`Planner().evaluate(data, plan)`: for one plan in a program."""
+    return Planner().evaluate(data, plan)
+
+
+# --- putting the answer together ----------------------------------------------------------------
+
+
+def _empty_space(space: PlanSpace) -> InputError:
+    """No plan of the space can be built at all: the reason most of them share."""
+    if not space.excluded:
+        return InputError("space", "the limits leave no plan that the cluster has devices for")
+    counts: dict[str, int] = {}
+    for item in space.excluded:
+        counts[item.reason] = counts.get(item.reason, 0) + item.plans
+    reason = max(counts, key=lambda text: counts[text])
+    return InputError("space", f"no plan can be built: {reason}")
+
+
+def _provenance(question: Question, rows: Sequence[Mapping[str, str]]) -> Provenance:
+    unique = {tuple(sorted(row.items())): dict(row) for row in rows}
+    return Provenance(
+        planfront=version(),
+        catalog=question.catalog.version,
+        engine={
+            "name": question.engine.engine,
+            "profile": question.engine.version,
+            "asked": question.engine.asked_version,
+        },
+        cost_models=list(unique.values()),
+    )
+
+
+def version() -> str:
+    """The installed version of planfront."""
+    try:
+        return metadata.version("planfront")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> PlanningResult:
+    request = question.request
+    front = outcome.front
+    meets = bool(front) and front[0].meets_slo
+    ids = {item.point.id for item in front}
+    rest = sorted(
+        (item for item in outcome.judged if item.point.id not in ids), key=lambda item: item.objectives
+    )
+    entries, rows = [], []
+    for item in [*front, *rest]:
+        on_front = item.point.id in ids
+        evaluation = evaluator.evaluate(item.point) if on_front else item.evaluation
+        entries.append(
+            PlanEntry.model_construct(
+                **evaluation.entry(item.meets_slo, [miss.as_dict() for miss in item.misses])
+            )
+        )
+        if on_front:
+            rows += evaluator.tables(item.point).provenance
+    volume = 0.0
+    if meets:
+        values = np.array([item.objectives for item in outcome.judged if item.meets_slo])
+        chosen = np.array([item.objectives for item in front])
+        scaled = normalise(np.vstack([values, chosen]))[len(values) :]
+        volume = hypervolume(scaled, np.full(values.shape[1], 1.1))
+    recommended = None
+    if front:
+        best, reason = recommend(front, request.objectives)
+        recommended = Recommended(plan_id=best.point.id, reason=reason)
+    rejected = sorted(outcome.rejected, key=lambda item: -item.plans)
+    return PlanningResult.model_construct(
+        schema_version="1",
+        request=request.to_dict(),
+        status="ok" if meets else "infeasible",
+        front=[item.point.id for item in front] if meets else [],
+        recommended=recommended,
+        plans=entries,
+        rejected=[
+            RejectedEntry(plan=item.point.to_dict(), reason=item.reason, plans=item.plans)
+            for item in rejected[:MAX_REJECTED]
+        ],
+        search=SearchEntry(
+            method=outcome.method,
+            space_size=outcome.space_size,
+            bounded=outcome.bounded,
+            simulated=outcome.simulated,
+            rejected=sum(item.plans for item in outcome.rejected),
+            wall_s=outcome.wall_s,
+            certified=outcome.certified,
+            hypervolume=volume,
+            seed=request.search.seed,
+            reason=outcome.reason,
+        ),
+        workload=question.workload_summary,
+        provenance=_provenance(question, rows),
+    )

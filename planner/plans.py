@@ -1,0 +1,417 @@
+"""The plan space: lazy, counted, each exclusion with its reason.
+
+A `PlanPoint` is a plan with every value stated; a `PlanSpace` is the product of layouts (who
+holds which part of the model), formats and batching limits. Nothing is built until it is
+asked for: plan `i` is worked out from its index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from costmodels import supports
+from hardware import Cluster, Device, InputError, Pool
+from planner.engines import EngineProfile
+from planner.models import Degrees, ModelSpec, check_degrees
+from planner.request import Plan, SpaceLimits
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPoint:
+    """An aggregated plan, every value stated. Worker devices: tensor x pipeline x attention_data."""
+
+    pool: str
+    replicas: int
+    tensor: int
+    pipeline: int
+    expert: int
+    attention_data: int
+    weights: str
+    activations: str
+    kv_cache: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunked_prefill: bool
+    cuda_graphs: bool
+    memory_fraction: float
+    prefix_caching: bool
+
+    @property
+    def degrees(self) -> Degrees:
+        """The degrees of one worker."""
+        return Degrees(self.tensor, self.pipeline, self.expert, self.attention_data, 1)
+
+    @property
+    def worker_devices(self) -> int:
+        """Devices of one worker."""
+        return self.tensor * self.pipeline * self.attention_data
+
+    @property
+    def devices(self) -> int:
+        """Devices of all replicas."""
+        return self.worker_devices * self.replicas
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in the contract's form, every field present."""
+        return {
+            "serving": "aggregated",
+            "replicas": self.replicas,
+            "worker": {
+                "pool": self.pool,
+                "parallelism": {
+                    "tensor": self.tensor,
+                    "pipeline": self.pipeline,
+                    "expert": self.expert,
+                    "attention_data": self.attention_data,
+                    "context": 1,
+                },
+                "quantization": {
+                    "weights": self.weights,
+                    "activations": self.activations,
+                    "kv_cache": self.kv_cache,
+                },
+                "batching": {
+                    "policy": "continuous",
+                    "max_num_seqs": self.max_num_seqs,
+                    "max_num_batched_tokens": self.max_num_batched_tokens,
+                    "chunked_prefill": self.chunked_prefill,
+                    "cuda_graphs": self.cuda_graphs,
+                },
+                "memory_fraction": self.memory_fraction,
+                "prefix_caching": self.prefix_caching,
+                "speculative": None,
+                "kv_offload": None,
+            },
+        }
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits of the plan's own content: the same plan has the same id everywhere."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def label(self) -> str:
+        """Short name: `2x TP4 fp8 kv-fp8 b256/8192`."""
+        parts = [f"TP{self.tensor}"]
+        if self.pipeline > 1:
+            parts.append(f"PP{self.pipeline}")
+        if self.attention_data > 1:
+            parts.append(f"ADP{self.attention_data}")
+        if self.expert > 1:
+            parts.append(f"EP{self.expert}")
+        name = " ".join(parts)
+        if self.replicas > 1:
+            name = f"{self.replicas}x {name}"
+        return name
+
+
+# Lossy formats that are tried unasked: those that published evaluations find near-lossless
+# (fp8 weights, activations and KV cache, arXiv:2411.02355 "Give Me BF16 or Give Me Death?").
+_DEFAULT_WEIGHTS = ("fp8",)
+
+
+def natural_activations(device: Device, weights: str) -> str:
+    """What the activations run in for weights of a format: 8-bit with 8-bit, else 16-bit."""
+    if weights in ("fp8", "int8", "fp4") and weights in device.peak_flops_per_s:
+        return weights
+    if weights == "fp16" or "bf16" not in device.peak_flops_per_s:
+        return "fp16"
+    return "bf16"
+
+
+def half_format(device: Device) -> str:
+    """The 16-bit format of the device: bf16 where it has one, else fp16."""
+    return "bf16" if "bf16" in device.peak_flops_per_s else "fp16"
+
+
+def check_formats(device: Device, weights: str, activations: str, kv_cache: str) -> str | None:
+    """Why the device cannot run these formats, or None."""
+    return supports(device, weights, activations, kv_cache)
+
+
+def default_formats(spec: ModelSpec, device: Device) -> tuple[str, str, str]:
+    """What a plan that leaves its formats out gets: the checkpoint's own."""
+    weights = spec.quantization.weights
+    if weights == "bf16":
+        weights = half_format(device)
+    activations = spec.quantization.activations
+    if activations in ("bf16", "fp16") or activations not in device.peak_flops_per_s:
+        activations = (
+            natural_activations(device, weights)
+            if activations not in ("bf16", "fp16")
+            else half_format(device)
+        )
+    kv_cache = spec.quantization.kv_cache
+    if kv_cache == "bf16":
+        kv_cache = half_format(device)
+    return weights, activations, kv_cache
+
+
+def _powers(limit: int) -> list[int]:
+    values, power = [], 1
+    while power <= limit:
+        values.append(power)
+        power *= 2
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Who holds which part of the model, in one pool."""
+
+    pool: str
+    replicas: int
+    degrees: Degrees
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """A part of the space that is left out, with the reason and how many plans it holds."""
+
+    layout: Layout
+    formats: tuple[str, str, str] | None
+    reason: str
+    plans: int
+
+
+class PlanSpace:
+    """All plans of a request: layouts x formats x batching, in a fixed order.
+
+    `len(space)` counts every plan, also those that `excluded` names; iteration yields the
+    others. Within a layout and its formats, the engine's own defaults come first, so that of
+    plans with equal results the least surprising one is kept.
+    """
+
+    def __init__(self, spec: ModelSpec, cluster: Cluster, engine: EngineProfile, limits: SpaceLimits) -> None:
+        self.spec, self.cluster, self.engine, self.limits = spec, cluster, engine, limits
+        _check_limits(limits, cluster)
+        self.groups: list[tuple[Layout, tuple[str, str, str]]] = []
+        self.excluded: list[Excluded] = []
+        self._size = 0
+        self._batching: dict[tuple[str, Degrees], list[tuple[int, int, bool, bool, float, bool]]] = {}
+        for pool in self._pools():
+            self._add_pool(pool)
+
+    def _pools(self) -> list[Pool]:
+        wanted = self.limits.pools
+        return [pool for pool in self.cluster.pools if wanted is None or pool.name in wanted]
+
+    def _add_pool(self, pool: Pool) -> None:
+        total = pool.nodes * pool.devices_per_node
+        formats = self._formats(pool.device)
+        for degrees in self._degrees(pool, total):
+            batching = self.batching(pool, degrees)
+            problem = check_degrees(self.spec, degrees)
+            for replicas in self._replicas(total // max(1, _worker(degrees))):
+                layout = Layout(pool.name, replicas, degrees)
+                for names in formats:
+                    self._size += len(batching)
+                    reason = problem or check_formats(pool.device, *names)
+                    if reason:
+                        self.excluded.append(Excluded(layout, names, reason, len(batching)))
+                    else:
+                        self.groups.append((layout, names))
+
+    def _degrees(self, pool: Pool, total: int) -> Iterator[Degrees]:
+        limits, moe = self.limits, any(g.ffn is not None and g.ffn.experts for g in self.spec.layers)
+        domain = pool.devices_per_node
+        tensors = limits.tensor or sorted({*_powers(domain), *((domain,) if domain <= 16 else ())})
+        pipelines = limits.pipeline or _powers(min(total, self.spec.num_layers, 16))
+        datas = limits.attention_data or (_powers(total) if moe else [1])
+        for tensor in tensors:
+            for pipeline in pipelines:
+                for data in datas:
+                    product = tensor * data
+                    experts = limits.expert or (sorted({1, product}) if moe else [1])
+                    for expert in experts:
+                        degrees = Degrees(tensor, pipeline, expert, data, 1)
+                        if _worker(degrees) <= total:
+                            yield degrees
+
+    def _replicas(self, most: int) -> list[int]:
+        if self.limits.replicas:
+            return [count for count in self.limits.replicas if count <= most]
+        return sorted({*_powers(most), most}) if most >= 1 else []
+
+    def _formats(self, device: Device) -> list[tuple[str, str, str]]:
+        limits, own = self.limits, default_formats(self.spec, device)
+        weights: Sequence[str] = limits.weights or tuple(
+            dict.fromkeys(
+                [own[0]]
+                + [
+                    name
+                    for name in _DEFAULT_WEIGHTS
+                    if own[0] in ("bf16", "fp16") and name in device.peak_flops_per_s
+                ]
+            )
+        )
+        caches: Sequence[str] = limits.kv_cache or tuple(
+            dict.fromkeys([own[2]] + (["fp8"] if "fp8" in device.peak_flops_per_s else []))
+        )
+        result = []
+        for weight in weights:
+            natural = own[1] if weight == own[0] else natural_activations(device, weight)
+            for activation in limits.activations or (natural,):
+                result += [(weight, activation, cache) for cache in caches]
+        return list(dict.fromkeys(result))
+
+    def batching(self, pool: Pool, degrees: Degrees) -> list[tuple[int, int, bool, bool, float, bool]]:
+        """(max_num_seqs, token budget, chunked, graphs, memory fraction, prefix caching), defaults first."""
+        key = (pool.name, degrees)
+        if key in self._batching:
+            return self._batching[key]
+        limits, engine, tier = self.limits, self.engine, self.engine.tier(pool.device)
+        seqs = limits.max_num_seqs or tuple(dict.fromkeys([tier.max_num_seqs, 256, 64]))
+        tokens = limits.max_num_batched_tokens or tuple(
+            dict.fromkeys([tier.max_num_batched_tokens, 2048, 8192, 16384])
+        )
+        rows = []
+        for prefix in limits.prefix_caching or (engine.prefix_caching,):
+            for graphs in limits.cuda_graphs or (engine.cuda_graphs,):
+                # Without chunked prefill as a choice, an engine that leaves it off is also tried with it.
+                for chunked in limits.chunked_prefill or tuple(dict.fromkeys((engine.chunked_prefill, True))):
+                    for budget in tokens:
+                        fractions = limits.memory_fraction or (
+                            engine.memory_fraction(
+                                pool.device,
+                                tensor=degrees.tensor,
+                                pipeline=degrees.pipeline,
+                                attention_data=degrees.attention_data,
+                                token_budget=budget,
+                            ),
+                        )
+                        rows += [
+                            (seq, budget, chunked, graphs, fraction, prefix)
+                            for fraction in fractions
+                            for seq in seqs
+                        ]
+        self._batching[key] = rows
+        return rows
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[PlanPoint]:
+        for layout, formats in self.groups:
+            yield from self.points(layout, formats)
+
+    def points(self, layout: Layout, formats: tuple[str, str, str]) -> Iterator[PlanPoint]:
+        """The plans of one layout and its formats."""
+        degrees = layout.degrees
+        for seqs, tokens, chunked, graphs, fraction, prefix in self.batching(
+            self.cluster.pool(layout.pool), degrees
+        ):
+            yield PlanPoint(
+                layout.pool, layout.replicas, degrees.tensor, degrees.pipeline, degrees.expert,
+                degrees.attention_data, *formats, seqs, tokens, chunked, graphs, fraction, prefix,
+            )  # fmt: skip
+
+
+def _worker(degrees: Degrees) -> int:
+    return degrees.tensor * degrees.pipeline * degrees.attention_data
+
+
+def _check_limits(limits: SpaceLimits, cluster: Cluster) -> None:
+    if limits.serving and "aggregated" not in limits.serving:
+        raise InputError("space.serving", "this version plans aggregated serving only")
+    if limits.context and set(limits.context) != {1}:
+        raise InputError(
+            "space.context", "context parallelism is not modelled in this version, leave it at 1"
+        )
+    known = [pool.name for pool in cluster.pools]
+    for index, name in enumerate(limits.pools or ()):
+        if name not in known:
+            raise InputError(
+                f"space.pools[{index}]", f"no pool is named {name!r}, pools are {', '.join(known)}"
+            )
+
+
+def resolve_plan(
+    plan: Plan, spec: ModelSpec, cluster: Cluster, engine: EngineProfile, path: str = "plan"
+) -> PlanPoint:
+    """A plan with every field that was left out set to the engine's or checkpoint's default.
+
+    Raises InputError when the plan names a pool that does not exist, asks for something this
+    version does not model, or takes more devices than the pool has.
+    """
+    if plan.serving != "aggregated" or plan.worker is None:
+        raise InputError(f"{path}.serving", "this version plans aggregated serving only")
+    worker = plan.worker
+    if worker.speculative is not None:
+        raise InputError(f"{path}.worker.speculative", "speculative decoding is not modelled in this version")
+    if worker.kv_offload is not None:
+        raise InputError(f"{path}.worker.kv_offload", "KV offload is not modelled in this version")
+    degrees = worker.parallelism
+    if degrees.context != 1:
+        raise InputError(
+            f"{path}.worker.parallelism.context", "context parallelism is not modelled in this version"
+        )
+    names = [pool.name for pool in cluster.pools]
+    name = worker.pool or names[0]
+    if name not in names:
+        raise InputError(f"{path}.worker.pool", f"no pool is named {name!r}, pools are {', '.join(names)}")
+    pool = cluster.pool(name)
+    device, tier = pool.device, engine.tier(pool.device)
+    own_weights, own_activations, own_kv = default_formats(spec, device)
+    weights = worker.quantization.weights or own_weights
+    activations = worker.quantization.activations or (
+        own_activations if weights == own_weights else natural_activations(device, weights)
+    )
+    batching = worker.batching
+    budget = batching.max_num_batched_tokens or tier.max_num_batched_tokens
+    return PlanPoint(
+        pool=name,
+        replicas=plan.replicas,
+        tensor=degrees.tensor,
+        pipeline=degrees.pipeline,
+        expert=degrees.expert,
+        attention_data=degrees.attention_data,
+        weights=weights,
+        activations=activations,
+        kv_cache=worker.quantization.kv_cache or own_kv,
+        max_num_seqs=batching.max_num_seqs or tier.max_num_seqs,
+        max_num_batched_tokens=budget,
+        chunked_prefill=engine.chunked_prefill
+        if batching.chunked_prefill is None
+        else batching.chunked_prefill,
+        cuda_graphs=engine.cuda_graphs if batching.cuda_graphs is None else batching.cuda_graphs,
+        memory_fraction=worker.memory_fraction
+        or engine.memory_fraction(
+            device,
+            tensor=degrees.tensor,
+            pipeline=degrees.pipeline,
+            attention_data=degrees.attention_data,
+            token_budget=budget,
+        ),
+        prefix_caching=engine.prefix_caching if worker.prefix_caching is None else worker.prefix_caching,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanProblem:
+    """Why a plan cannot be built at all, and the field (below the plan) that says so."""
+
+    field: str
+    reason: str
+
+
+def check_plan(point: PlanPoint, spec: ModelSpec, cluster: Cluster) -> PlanProblem | None:
+    """What makes a plan impossible on the cluster, before any memory is counted; or None."""
+    pool = cluster.pool(point.pool)
+    total = pool.nodes * pool.devices_per_node
+    if point.devices > total:
+        return PlanProblem(
+            "replicas" if point.worker_devices <= total else "worker.parallelism",
+            f"the plan takes {point.devices} devices, pool {pool.name!r} has {total}",
+        )
+    reason = check_degrees(spec, point.degrees)
+    if reason:
+        return PlanProblem("worker.parallelism", reason)
+    reason = check_formats(pool.device, point.weights, point.activations, point.kv_cache)
+    if reason:
+        return PlanProblem("worker.quantization", reason)
+    return None

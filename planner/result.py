@@ -1,0 +1,91 @@
+"""The contract's result as pydantic models: what a file, a REST reply and a page all show."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from planner.request import SCHEMA_VERSION
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Recommended(_Model):
+    """The plan to take, and why."""
+
+    plan_id: str
+    reason: str
+
+
+class PlanEntry(_Model):
+    """One simulated plan."""
+
+    id: str
+    plan: dict[str, Any]
+    meets_slo: bool
+    slo_misses: list[dict[str, Any]] = Field(default_factory=list)
+    metrics: dict[str, Any]
+    memory_bytes_per_device: dict[str, float]
+    interval: dict[str, dict[str, tuple[float, float]]] = Field(default_factory=dict)
+    breakdown_s: dict[str, float]
+
+
+class RejectedEntry(_Model):
+    """Plans that cannot serve the workload: an example, the reason, and how many share it."""
+
+    plan: dict[str, Any]
+    reason: str
+    plans: int = 1
+
+
+class SearchEntry(_Model):
+    """What the search did."""
+
+    method: str
+    space_size: int
+    bounded: int
+    simulated: int
+    rejected: int = 0
+    wall_s: float
+    certified: bool
+    hypervolume: float
+    seed: int
+    reason: str = ""
+
+
+class Provenance(_Model):
+    """Versions of everything that had a part in the answer."""
+
+    planfront: str
+    catalog: str
+    engine: dict[str, str] = Field(default_factory=dict)
+    cost_models: list[dict[str, str]] = Field(default_factory=list)
+
+
+class PlanningResult(_Model):
+    """The whole answer. `status` is ok, or infeasible when no plan meets the SLO or fits."""
+
+    schema_version: Literal["1"] = SCHEMA_VERSION  # type: ignore[assignment]
+    request: dict[str, Any]
+    status: Literal["ok", "infeasible"]
+    front: list[str]
+    recommended: Recommended | None
+    plans: list[PlanEntry]
+    rejected: list[RejectedEntry]
+    search: SearchEntry
+    workload: dict[str, Any] = Field(default_factory=dict)
+    provenance: Provenance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def plan(self, plan_id: str) -> PlanEntry:
+        """The entry of a plan id; KeyError when the result has none."""
+        for entry in self.plans:
+            if entry.id == plan_id:
+                return entry
+        raise KeyError(plan_id)

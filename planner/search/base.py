@@ -1,0 +1,108 @@
+"""The protocol every searcher keeps, and what it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from planner.evaluate import Evaluation, Evaluator
+from planner.objectives import SloMiss
+from planner.plans import PlanPoint, PlanSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A simulated plan with its objective values (to minimise) and what it misses."""
+
+    evaluation: Evaluation
+    objectives: tuple[float, ...]
+    misses: tuple[SloMiss, ...]
+
+    @property
+    def point(self) -> PlanPoint:
+        """The plan."""
+        return self.evaluation.point
+
+    @property
+    def meets_slo(self) -> bool:
+        """No SLO is missed."""
+        return not self.misses
+
+    @property
+    def distance(self) -> float:
+        """Worst relative SLO miss; 0 when every bound holds."""
+        return self.misses[0].distance if self.misses else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Plans that were not simulated because they cannot serve the workload."""
+
+    point: PlanPoint
+    reason: str
+    plans: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a search stands. Counts are of plans; `phase` is a word for people."""
+
+    phase: str
+    space_size: int
+    considered: int
+    rejected: int
+    bounded: int
+    simulated: int
+    front: int
+    elapsed_s: float
+    best: tuple[Judged, ...] = ()
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a search found. `certified`: no plan of the space can add to the front."""
+
+    method: str
+    space_size: int
+    judged: list[Judged]
+    front: list[Judged]
+    rejected: list[Rejected]
+    bounded: int
+    simulated: int
+    certified: bool
+    wall_s: float
+    reason: str = ""
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+ProgressCallback = Callable[[Progress], None]
+Clock = Callable[[], float]
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """Finds the Pareto front of a space.
+
+    Contract, tested by `tests/planner/search/conformance.py`: the front holds no dominated
+    plan, only plans that meet the SLO when any does, and is the same under the same seed;
+    a search that runs out of its budget or is cancelled returns what it has, not certified.
+    """
+
+    name: str
+
+    def search(
+        self,
+        evaluator: Evaluator,
+        space: PlanSpace,
+        objectives: Sequence[str],
+        *,
+        budget_s: float,
+        seed: int,
+        clock: Clock,
+        progress: ProgressCallback | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        workers: int = 1,
+    ) -> Outcome:
+        """Search `space`; never raises for plans that cannot run, they are `rejected`."""
+        ...
