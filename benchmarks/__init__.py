@@ -1,0 +1,1 @@
+"""Measured speed and accuracy, each runnable as `python benchmarks/NAME.py`."""
