@@ -68,6 +68,9 @@ ITL_LOWEST = (1023 - 34) << ITL_BITS  # 2^-34 s
 ITL_BINS = (34 + 24) << ITL_BITS  # up to 2^24 s
 
 
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy", "_nrt": False}
+
+
 class Tables(NamedTuple):
     """The arrays of `StepTables`, and where each sequence count lies between its knots."""
 
@@ -128,7 +131,7 @@ class Store(NamedTuple):
     bits_i: Any
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _push(heap, size, key, item):  # type: ignore[no-untyped-def]
     """Binary heap of rows (key, item), least first; returns the new size."""
     i = size
@@ -142,7 +145,7 @@ def _push(heap, size, key, item):  # type: ignore[no-untyped-def]
     return size + 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _pop(heap, size):  # type: ignore[no-untyped-def]
     """Drop the least row; returns the new size."""
     size -= 1
@@ -165,7 +168,7 @@ def _pop(heap, size):  # type: ignore[no-untyped-def]
     return size
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _gap(f, itl, bits_f, bits_i, value, weight):  # type: ignore[no-untyped-def]
     """Count `weight` gaps of `value` seconds."""
     bits_f[0] = value
@@ -175,7 +178,7 @@ def _gap(f, itl, bits_f, bits_i, value, weight):  # type: ignore[no-untyped-def]
     f[ITL_COUNT] += weight
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _q_append(s, nodes, node):  # type: ignore[no-untyped-def]
     """Put a node at the tail of the queue of free blocks."""
     tail = s[QTAIL]
@@ -188,7 +191,7 @@ def _q_append(s, nodes, node):  # type: ignore[no-untyped-def]
     s[QTAIL] = node
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _q_remove(s, nodes, node):  # type: ignore[no-untyped-def]
     before, after = nodes[node, QPREV], nodes[node, QNEXT]
     if before >= 0:
@@ -201,7 +204,7 @@ def _q_remove(s, nodes, node):  # type: ignore[no-untyped-def]
         s[QTAIL] = before
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _take(s, nodes, need):  # type: ignore[no-untyped-def]
     """Allocate `need` free blocks from the head of the queue, forgetting cached entries."""
     s[FREE] -= need
@@ -242,7 +245,7 @@ def _take(s, nodes, need):  # type: ignore[no-untyped-def]
             _q_remove(s, nodes, node)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _register(s, wi, offset, ids, own, nodes, i, tokens):  # type: ignore[no-untyped-def]
     """Make the entries that the first `tokens` tokens of a request fill findable."""
     known = offset[i + 1] - offset[i]
@@ -260,7 +263,7 @@ def _register(s, wi, offset, ids, own, nodes, i, tokens):  # type: ignore[no-unt
         wi[i, KNOWN] = last
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _release(s, wi, offset, ids, own, nodes, i, blocks, tokens):  # type: ignore[no-untyped-def]
     """Give a request's blocks back, its first `tokens` tokens staying in the cache."""
     if s[PREFIX] == 0:
@@ -295,7 +298,7 @@ def _release(s, wi, offset, ids, own, nodes, i, blocks, tokens):  # type: ignore
     wi[i, KNOWN] = 0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _unlink(s, wi, i):  # type: ignore[no-untyped-def]
     """Take a request out of the order of admission."""
     before, after = wi[i, OPREV], wi[i, ONEXT]
@@ -308,7 +311,7 @@ def _unlink(s, wi, i):  # type: ignore[no-untyped-def]
     s[ACTIVE] -= 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _leave(s, wi, residue, i):  # type: ignore[no-untyped-def]
     """Take a request out of the decoding set."""
     s[N] -= 1
@@ -321,7 +324,7 @@ def _leave(s, wi, residue, i):  # type: ignore[no-untyped-def]
         s[ISUM] -= wi[i, BASE]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _finish(s, f, wi, wf, i):  # type: ignore[no-untyped-def]
     """A request has its last token now (its blocks are the caller's to release)."""
     _unlink(s, wi, i)
@@ -331,7 +334,7 @@ def _finish(s, f, wi, wf, i):  # type: ignore[no-untyped-def]
     s[LATE] += 1
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _trigger(s, wf, child, sibling, order, aheap, i):  # type: ignore[no-untyped-def]
     """Start what waited for a request's last token: its children, or its client's next session."""
     now = wf[i, FINISH]
@@ -347,7 +350,7 @@ def _trigger(s, wf, child, sibling, order, aheap, i):  # type: ignore[no-untyped
         at = sibling[at]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _preempt(s, f, wi, wf, residue, group, offset, ids, own, nodes, grown):  # type: ignore[no-untyped-def]
     """Send the most recently admitted request back to the front of the queue; returns it."""
     i = s[OTAIL]
@@ -392,7 +395,7 @@ def _preempt(s, f, wi, wf, residue, group, offset, ids, own, nodes, grown):  # t
     return i
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _bracket(knots, value, at):  # type: ignore[no-untyped-def]
     """i with knots[i] <= value < knots[i + 1], searched from `at`; ends clamped."""
     last = knots.shape[0] - 2
@@ -403,7 +406,7 @@ def _bracket(knots, value, at):  # type: ignore[no-untyped-def]
     return at
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _line(table, ctx, lo, x, at, c):  # type: ignore[no-untyped-def]
     """(value at c, slope in c) of a decode attention table for n sequences."""
     left = table[lo, at] + (table[lo + 1, at] - table[lo, at]) * x
@@ -412,7 +415,7 @@ def _line(table, ctx, lo, x, at, c):  # type: ignore[no-untyped-def]
     return left + slope * (c - ctx[at]), slope
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _prefill_attention(q_knots, p_knots, pre_full, pre_capped, cap, q, p):  # type: ignore[no-untyped-def]
     """Seconds of one chunk of q tokens after p, and its pairs and capped pairs."""
     x = min(max(np.log2(q), q_knots[0]), q_knots[-1])
@@ -436,7 +439,7 @@ def _prefill_attention(q_knots, p_knots, pre_full, pre_capped, cap, q, p):  # ty
     return seconds, pairs, capped
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _growth(residue, block, start, steps, n):  # type: ignore[no-untyped-def]
     """Blocks that decoding takes in `steps` steps from decode counter `start`."""
     total = (steps // block) * n
@@ -445,7 +448,7 @@ def _growth(residue, block, start, steps, n):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def _chunk(s, left, room, remaining):  # type: ignore[no-untyped-def]
     """Tokens of the next chunk of a prompt (0: none now)."""
     q = min(remaining, min(left, room))
@@ -454,7 +457,7 @@ def _chunk(s, left, room, remaining):  # type: ignore[no-untyped-def]
     return max(q, 0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def advance(t, w, g, until):  # type: ignore[no-untyped-def]
     """Run one replica (`view` of a store) while it has work that begins before `until`."""
     wi, wf, child, sibling = w.ints, w.floats, w.child, w.sibling
@@ -967,7 +970,7 @@ def route(t, w, g, roots, sessions, replica_of):  # type: ignore[no-untyped-def]
         advance(t, w, view(g, r), np.inf)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@njit(**_OPTIONS)
 def link_children(parent, rows, child, sibling):  # type: ignore[no-untyped-def]
     """Lists of the rows that each row triggers; `rows` from the last to the first."""
     for i in rows:

@@ -66,7 +66,7 @@ def simulate(
                 store.ints[0, core.RPTR] = store.ints[0, core.AHEAP] = started
                 store.aheap[0, :started, 1] = mine[:started]
                 req.floats[mine, core.ARRIVE] = 0.0
-            core.advance(tab, req, core.view(store, 0), np.inf)
+            core.advance(tab, req, core.Store(*(array[0] for array in store)), np.inf)
             stores.append(store)
     return collect(
         workload,
