@@ -31,8 +31,8 @@ def chat(requests: int, rate_rps: float, seed: int = 1) -> Workload:
     arrival = np.cumsum(rng.exponential(1.0 / rate_rps, requests))
     none = np.zeros(requests + 1, np.int64)
     return Workload(
-        arrival, lengths(1155.0, 1.2), lengths(211.0, 0.8), np.full(requests, -1, np.int64), np.zeros(requests),
-        np.arange(requests), 0, 0, none, none[:0], 0,
+        arrival, lengths(1155.0, 1.2), lengths(211.0, 0.8), np.full(requests, -1, np.int64),
+        np.zeros(requests), np.arange(requests), 0, 0, none, none[:0], 0,
     )  # fmt: skip
 
 
@@ -52,7 +52,8 @@ def worker(tokens: int = 8192, sequences: int = 256) -> StepTables:
         1, 1, mixed, mixed, decode, decode, zero_m, zero_m, zero_n, zero_n, parts["logits"], 1.0, 0,
         seq, ctx, full, np.zeros_like(full), q, p, per_pair, np.zeros_like(per_pair),
         {"gemm": parts}, {k: v * 2000.0 for k, v in parts.items()}, 2000.0, 3000.0,
-        {"mixed": 1.4e11 * m, "decode": 1.4e11 * n}, {k: np.where(v > 0, 1.4e11, 0.0) for k, v in parts.items()},
+        {"mixed": 1.4e11 * m, "decode": 1.4e11 * n},
+        {k: np.where(v > 0, 1.4e11, 0.0) for k, v in parts.items()},
         1e5, 0.0, 3e5,
     )  # fmt: skip
 

@@ -433,9 +433,7 @@ def _prefill_attention(q_knots, p_knots, pre_full, pre_capped, cap, q, p):  # ty
         free = min(max(cap - p, 0.0), q)  # query tokens that still see all before them
         capped = free * p + 0.5 * free * (free + 1.0) + (q - free) * cap
         m = pre_capped
-        seconds += capped * (
-            m[i, j] * a + m[i, j + 1] * b + m[i + 1, j] * d + m[i + 1, j + 1] * e
-        )
+        seconds += capped * (m[i, j] * a + m[i, j + 1] * b + m[i + 1, j] * d + m[i + 1, j + 1] * e)
     return seconds, pairs, capped
 
 
@@ -560,9 +558,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
             p += q
             left -= q
             i = following
-        while (
-            not preempted and s[WAITING] > 0 and left > 0 and s[ACTIVE] < s[MAX_SEQS]
-        ):
+        while not preempted and s[WAITING] > 0 and left > 0 and s[ACTIVE] < s[MAX_SEQS]:
             i = s[WHEAD]
             length = wi[i, INPUT] + wi[i, GEN]
             matched = 0
@@ -623,17 +619,16 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
             chunks += 1
             p += q
             left -= q
-        if p == 0 and not mixed and s[N] > 0:
+        if p == 0 and not mixed and s[N] > 0 and not reserve:
             # Prefill first: nothing to prefill, so decodes go on.
-            if not reserve:
+            need = residue[s[D] % bt]
+            while need > s[FREE]:
+                _preempt(s, f, wi, wf, residue, group, offset, ids, own, nodes, grown)
+                preempted = True
                 need = residue[s[D] % bt]
-                while need > s[FREE]:
-                    _preempt(s, f, wi, wf, residue, group, offset, ids, own, nodes, grown)
-                    preempted = True
-                    need = residue[s[D] % bt]
-                if need > 0:
-                    _take(s, nodes, need)
-                grown = 1
+            if need > 0:
+                _take(s, nodes, need)
+            grown = 1
         n = s[N] if (mixed or p == 0) else 0
         if n == 0 and p == 0:
             continue  # everything was preempted: the first of the queue fits now
@@ -772,9 +767,9 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                         half = step - 0.5 * slope
                         guess = 2.0 * gap / (half + np.sqrt(half * half + 2.0 * slope * gap))
                     j = max(1, min(k, int(guess)))
-                    while j > 1 and f[CLOCK] + (
-                        (j - 1) * step + slope * (0.5 * (j - 1) * (j - 2.0))
-                    ) >= limit:
+                    while (
+                        j > 1 and f[CLOCK] + ((j - 1) * step + slope * (0.5 * (j - 1) * (j - 2.0))) >= limit
+                    ):
                         j -= 1
                     while j < k and f[CLOCK] + (j * step + slope * (0.5 * j * (j - 1.0))) < limit:
                         j += 1
@@ -842,9 +837,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                 blocks = wi[i, HELD] if reserve else (context + bt - 1) // bt
                 _finish(s, f, wi, wf, i)
                 if prefix:
-                    _release(
-                        s, wi, offset, ids, own, nodes, i, blocks, wi[i, INPUT] + wi[i, OUTPUT] - 1
-                    )
+                    _release(s, wi, offset, ids, own, nodes, i, blocks, wi[i, INPUT] + wi[i, OUTPUT] - 1)
                 else:
                     s[FREE] += blocks
                 if triggered:

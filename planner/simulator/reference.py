@@ -139,6 +139,7 @@ class Replica:
             request.seen = index + 1
 
     def release(self, request: Request, tokens: int) -> None:
+        """Give all blocks back, the known ones staying findable."""
         self.register(request, tokens)
         self.pool.free += request.blocks
         for entry in reversed(request.shared):
@@ -148,12 +149,15 @@ class Replica:
         request.blocks, request.shared, request.seen = [], [], 0
 
     def held(self, request: Request) -> int:
+        """Blocks the request holds, shared ones included."""
         return len(request.blocks) + len(request.shared) * (self.entry_tokens // self.c.block_tokens)
 
     def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
         return ceil(tokens / self.c.block_tokens)
 
     def preempt(self) -> Request:
+        """Send the most recently admitted request back to the front of the queue."""
         victim = self.active.pop()
         if victim in self.running:
             self.running.remove(victim)
@@ -184,6 +188,7 @@ class Replica:
         return preempted
 
     def chunk_of(self, left: int, room: int, remaining: int) -> int:
+        """Tokens of a prompt's next chunk, 0 when it has to wait."""
         tokens = min(remaining, left, room)
         if tokens < remaining and not self.c.chunked_prefill and remaining <= self.c.max_num_batched_tokens:
             return 0
@@ -230,7 +235,9 @@ class Replica:
             tokens = self.chunk_of(left, room, target - start)
             if tokens == 0:
                 break
-            upto = request.input_tokens + request.output_tokens - 1 if c.admission == RESERVE else start + tokens
+            upto = (
+                request.input_tokens + request.output_tokens - 1 if c.admission == RESERVE else start + tokens
+            )
             size = self.entry_tokens // c.block_tokens if self.prefix else 0
             need = self.blocks_for(upto) - len(matched) * size
             queued = sum(size for entry in matched if self.pool.references[entry] == 0)
@@ -255,7 +262,7 @@ class Replica:
 
     def step(self) -> None:
         """One engine step from the clock on."""
-        c, t = self.c, self.t
+        c = self.c
         self.late = 0
         mixed = c.policy == MIXED
         preempted = self.grow() if mixed and self.running else False
@@ -295,6 +302,7 @@ class Replica:
                 self.running.append(request)
 
     def finish(self, request: Request) -> None:
+        """The last token is out."""
         self.active.remove(request)
         self.release(request, request.input_tokens + request.output_tokens - 1)
         request.finish_s = self.clock + request.lag_s
@@ -357,7 +365,11 @@ class Replica:
 def decode_attention_s(t: StepTables, n: int, context: float, table: np.ndarray) -> float:
     """Bilinear in sequences and context, the last context segment extended."""
     i = int(np.clip(np.searchsorted(t.decode_seq_knots, n, side="right") - 1, 0, len(t.decode_seq_knots) - 2))
-    j = int(np.clip(np.searchsorted(t.decode_ctx_knots, context, side="right") - 1, 0, len(t.decode_ctx_knots) - 2))
+    j = int(
+        np.clip(
+            np.searchsorted(t.decode_ctx_knots, context, side="right") - 1, 0, len(t.decode_ctx_knots) - 2
+        )
+    )
     x = (n - t.decode_seq_knots[i]) / (t.decode_seq_knots[i + 1] - t.decode_seq_knots[i])
     y = (context - t.decode_ctx_knots[j]) / (t.decode_ctx_knots[j + 1] - t.decode_ctx_knots[j])
     low = table[i, j] * (1 - x) + table[i + 1, j] * x
@@ -395,14 +407,16 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
     check(workload, tables, config)
     prefix = uses_prefixes(workload, config)
     entry_tokens, _, _ = entry_shape(workload.block_tokens, config.block_tokens) if prefix else (1, 1, 1)
-    offset, ids = cache_entries(workload, config) if prefix else (None, None)
+    offset, ids = np.zeros(len(workload) + 1, np.int64), np.zeros(0, np.int64)
+    if prefix:
+        offset, ids = cache_entries(workload, config)
     requests = [
         Request(
             row=row,
             arrival_s=float(workload.arrival_s[row]),
             input_tokens=int(workload.input_tokens[row]),
             output_tokens=int(workload.output_tokens[row]),
-            entries=[int(i) for i in ids[offset[row] : offset[row + 1]]] if prefix else [],
+            entries=[int(i) for i in ids[offset[row] : offset[row + 1]]],
         )
         for row in range(len(workload))
     ]
@@ -456,7 +470,7 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
     if dynamic:
         placed: dict[int, int] = {}
         routed = [0] * config.replicas
-        for row in np.flatnonzero(workload.parent < 0):
+        for row in map(int, np.flatnonzero(workload.parent < 0)):
             session, now = int(workload.session[row]), requests[row].arrival_s
             if session not in placed:
                 for index in range(config.replicas):
@@ -468,7 +482,7 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
                 ]
                 placed[session] = still.index(min(still))
             best = placed[session]
-            heapq.heappush(replicas[best].pending, (now, 0, int(row)))
+            heapq.heappush(replicas[best].pending, (now, 0, row))
             routed[best] += 1
             replicas[best].arrived -= 1  # counted when sent
         replica_of = [placed[int(s)] for s in workload.session]

@@ -188,8 +188,7 @@ class SimulationResult:
             "ttft_s": statistics(first - self.arrival_s),
             "tpot_s": statistics(tpot),
             "itl_s": {
-                name: None if np.isnan(value) else value
-                for name, value in {"mean": itl_mean, **itl}.items()
+                name: None if np.isnan(value) else value for name, value in {"mean": itl_mean, **itl}.items()
             },
             "e2e_s": statistics(finish - self.arrival_s),
             "makespan_s": makespan,
@@ -255,8 +254,7 @@ def collect(
         return float(sum(float(store.floats[:, name].sum()) for store in stores))
 
     def histogram(name: str) -> FloatArray:
-        total: FloatArray = sum((getattr(store, name).sum(axis=0) for store in stores), np.float64(0.0))
-        return total
+        return np.asarray(np.sum([getattr(store, name).sum(axis=0) for store in stores], axis=0))
 
     if integer(core.DONE) != len(workload):
         raise RuntimeError(f"simulation ended with {integer(core.DONE)} of {len(workload)} requests done")

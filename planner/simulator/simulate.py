@@ -99,7 +99,10 @@ def check(workload: Workload, tables: StepTables, config: SchedulerConfig) -> No
     if min(config.max_num_seqs, config.max_num_batched_tokens, config.replicas, config.block_tokens) < 1:
         raise ValueError("scheduler limits must be positive")
     sequences = min(config.max_num_seqs, len(workload))
-    if len(tables.decode_latency_s) <= sequences or len(tables.mixed_latency_s) <= config.max_num_batched_tokens:
+    if (
+        len(tables.decode_latency_s) <= sequences
+        or len(tables.mixed_latency_s) <= config.max_num_batched_tokens
+    ):
         raise ValueError("step tables do not reach the scheduler's limits")
     need = workload.input_tokens + workload.output_tokens - 1
     longest = int(np.argmax(need))
@@ -107,7 +110,8 @@ def check(workload: Workload, tables: StepTables, config: SchedulerConfig) -> No
     if need[longest] > capacity:
         raise InputError(
             "workload",
-            f"request {longest} needs {int(need[longest])} tokens of KV cache, one rank of a worker holds {capacity}",
+            f"request {longest} needs {int(need[longest])} tokens of KV cache, "
+            f"one rank of a worker holds {capacity}",
         )
 
 
@@ -216,7 +220,13 @@ def _rows(workload: Workload, tables: StepTables, config: SchedulerConfig) -> co
         offset, ids = cache_entries(workload, config)
         own = np.zeros(len(ids), np.int8)
     return core.Rows(
-        ints, floats, child, sibling, np.ascontiguousarray(offset, np.int64), np.ascontiguousarray(ids, np.int64), own
+        ints,
+        floats,
+        child,
+        sibling,
+        np.ascontiguousarray(offset, np.int64),
+        np.ascontiguousarray(ids, np.int64),
+        own,
     )
 
 
@@ -232,7 +242,9 @@ def _store(
     """Empty state of replicas that run together, with room for `roots` roots each."""
     n = len(workload)
     prefix = uses_prefixes(workload, config)
-    triggered = len(req.child) == n and n > 0 and (workload.concurrency > 0 or bool((workload.parent >= 0).any()))
+    triggered = (
+        len(req.child) == n and n > 0 and (workload.concurrency > 0 or bool((workload.parent >= 0).any()))
+    )
     span = 0.0 if workload.concurrency else float(workload.arrival_s.max())
     tokens, blocks, _ = entry_shape(workload.block_tokens, config.block_tokens) if prefix else (1, 1, 1)
     ints = np.zeros((replicas, core.INTS), np.int64)

@@ -58,7 +58,13 @@ def tables(
     names = {"mixed": mixed_c, "decode": decode_c, "logits": logits}
     breakdown = {name: {k: v * share for k, v in names.items()} for name, share in half.items()}
     breakdown["moe"] = {"moe_mixed": moe_mixed_c, "moe_decode": moe_decode_c}
-    work = {"mixed": mixed_c, "decode": decode_c, "logits": logits, "moe_mixed": moe_mixed_c, "moe_decode": moe_decode_c}
+    work = {
+        "mixed": mixed_c,
+        "decode": decode_c,
+        "logits": logits,
+        "moe_mixed": moe_mixed_c,
+        "moe_decode": moe_decode_c,
+    }
     return StepTables(
         pipeline=pipeline,
         attention_data=ranks,

@@ -62,14 +62,14 @@ def cases(draw: Any) -> tuple[Workload, dict[str, Any], SchedulerConfig]:
         replicas=draw(st.integers(1, 3)),
         router=draw(st.sampled_from(["round_robin", "least_outstanding"])),
     )
-    table = dict(
-        pipeline=pipeline,
-        ranks=ranks,
-        sequences=24,
-        cap=draw(st.sampled_from([0, 0, 10, 40])),
-        moe=draw(st.booleans()),
-        seed=draw(st.integers(0, 100)),
-    )
+    table = {
+        "pipeline": pipeline,
+        "ranks": ranks,
+        "sequences": 24,
+        "cap": draw(st.sampled_from([0, 0, 10, 40])),
+        "moe": draw(st.booleans()),
+        "seed": draw(st.integers(0, 100)),
+    }
     return work, table, config
 
 

@@ -41,7 +41,9 @@ def test_decode_pays_for_the_context_it_reads() -> None:
     result = simulate(workload([0.0], [40], [30]), table, config(), **MACHINE)
     x = np.array([41.0 + k for k in range(29)])
     slow = np.interp(x, table.decode_ctx_knots, table.decode_full_s[1])
-    assert result.finish_s[0] - result.first_s[0] == pytest.approx(29 * table.decode_latency_s[1] + slow.sum())
+    assert result.finish_s[0] - result.first_s[0] == pytest.approx(
+        29 * table.decode_latency_s[1] + slow.sum()
+    )
 
 
 def test_prompt_longer_than_budget_goes_in_chunks() -> None:
@@ -175,7 +177,9 @@ def test_goodput_counts_requests_that_meet_every_bound() -> None:
     loose = simulate(work, table, config(), **MACHINE, slo={"ttft_s": {"p95": 100.0}})
     assert loose.metrics()["goodput_rps"] == pytest.approx(loose.metrics()["requests_per_s"])
     bound = float(np.sort(loose.first_s)[4])
-    tight = simulate(work, table, config(), **MACHINE, slo={"ttft_s": {"p95": bound * (1 + 1e-9), "p50": 50.0}})
+    tight = simulate(
+        work, table, config(), **MACHINE, slo={"ttft_s": {"p95": bound * (1 + 1e-9), "p50": 50.0}}
+    )
     assert tight.goodput_requests() == int((tight.first_s <= bound * (1 + 1e-9)).sum()) < 10
 
 
@@ -202,7 +206,9 @@ def test_timeline_samples_the_queue() -> None:
 
 def test_request_that_never_fits_is_refused_by_number() -> None:
     work = workload([0.0, 0.0], [10, 500], [5, 5])
-    with pytest.raises(InputError, match="request 1 needs 504 tokens of KV cache, one rank of a worker holds 480"):
+    with pytest.raises(
+        InputError, match="request 1 needs 504 tokens of KV cache, one rank of a worker holds 480"
+    ):
         simulate(work, tables(), config(kv_blocks=30), **MACHINE)
 
 

@@ -1,0 +1,189 @@
+"""Predictions against measured end-to-end runs: mean TTFT and TPOT of closed-loop benchmarks.
+
+    python benchmarks/measured_runs.py RUNS.csv.gz --use judge
+
+RUNS has one aggregated run a row in the columns of aiconfigurator's `silicon_sample.csv` with
+corrections (`tp_size_corrected`, mean lengths, a `use` column that splits calibrate from judge).
+The host terms of the engine profiles were fitted on `--use calibrate` only (`--fit` prints such a
+fit); the `judge` rows report and never tune. A row is replayed as it was run: a closed loop of
+`concurrency` clients with its lengths, ten requests a client (at least 64), no prefix reuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from hardware import InputError
+from planner.pipeline import Planner
+from planner.plans import check_plan, resolve_plan
+from planner.request import parse_plan
+
+DEVICES = {
+    "h100_sxm": "h100-sxm-80gb",
+    "h200_sxm": "h200-sxm-141gb",
+    "b200_sxm": "b200-sxm-180gb",
+    "b300_sxm": "b300-sxm-288gb",
+    "gb200": "gb200-186gb",
+    "gb300": "gb300-288gb",
+}
+
+
+def formats(row: Any) -> dict[str, str]:
+    """Weights and activations of a run, from its checkpoint's precision."""
+    precision = row.precision if isinstance(row.precision, str) else "bf16"
+    if "FP8" in row.model_path:
+        precision = "fp8"
+    if row.model_path.startswith("openai/gpt-oss"):
+        return {"weights": "fp4", "activations": "bf16"}
+    if precision == "int4":
+        return {"weights": "int4", "activations": "bf16"}
+    if precision == "fp4" and row.system.startswith("h"):
+        return {"weights": "fp4", "activations": "bf16"}
+    return {"weights": precision, "activations": precision}
+
+
+def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(request, plan) of one run."""
+    tensor = int(row.tp_size_corrected)
+    ranks = int(row.attention_dp_size) if row.attention_dp_size == row.attention_dp_size else 1
+    expert = int(row.moe_ep_size) if row.moe_ep_size == row.moe_ep_size else 1
+    pipeline = int(row.pp_size) if row.pp_size == row.pp_size else 1
+    per_rank = max(1, tensor // ranks) if ranks > 1 else tensor
+    stage = per_rank * ranks
+    concurrency = int(row.concurrency)
+    per_node = 4 if row.system.startswith("gb") else 8
+    uniform = "uniform" in row.length_dist
+
+    def lengths(nominal: float) -> dict[str, Any]:
+        if uniform:
+            return {"distribution": "uniform", "low": int(0.8 * nominal), "high": int(nominal)}
+        return {"distribution": "constant", "value": int(nominal)}
+
+    version = row.backend_version if isinstance(row.backend_version, str) else None
+    request = {
+        "model": row.model_path,
+        "engine": {"name": row.backend, **({"version": version} if version else {})},
+        "cluster": {
+            "pools": [
+                {
+                    "name": "main",
+                    "device": DEVICES[row.system],
+                    "nodes": -(-stage * pipeline // per_node),
+                    "devices_per_node": per_node,
+                }
+            ]
+        },
+        "workload": {
+            "synthetic": {
+                "arrivals": {"process": "closed", "concurrency": concurrency},
+                "requests": max(64, 10 * concurrency),
+                "input_tokens": lengths(row.isl_nominal),
+                "output_tokens": lengths(row.osl_nominal),
+                "seed": 0,
+            }
+        },
+    }
+    plan = {
+        "serving": "aggregated",
+        "replicas": 1,
+        "worker": {
+            "pool": "main",
+            "parallelism": {
+                "tensor": per_rank,
+                "pipeline": pipeline,
+                "expert": expert if stage % max(1, expert) == 0 else 1,
+                "attention_data": ranks,
+            },
+            "quantization": formats(row),
+            "batching": {"max_num_seqs": max(8, -(-concurrency // ranks))},
+            "prefix_caching": False,
+        },
+    }
+    return request, plan
+
+
+def predict(planner: Planner, row: Any) -> dict[str, Any]:
+    """Prediction of one run, or why there is none."""
+    try:
+        request, plan = question(row)
+        asked = planner.load(request)
+        evaluator = asked.evaluator(tables=planner._tables)
+        point = resolve_plan(parse_plan(plan), asked.spec, asked.cluster, asked.engine)
+        problem = check_plan(point, asked.spec, asked.cluster)
+        reason = problem.reason if problem else evaluator.reject(point)
+        if reason:
+            return {"problem": reason}
+        result, _ = evaluator.run(point)
+    except InputError as error:
+        return {"problem": str(error)}
+    metrics = result.metrics()
+    return {
+        "ttft_ms": metrics["ttft_s"]["mean"] * 1e3,
+        "tpot_ms": (metrics["tpot_s"]["mean"] or float("nan")) * 1e3,
+    }
+
+
+def compare(runs: pd.DataFrame, planner: Planner) -> pd.DataFrame:
+    """The runs with predictions and relative errors beside them."""
+    found = pd.DataFrame([predict(planner, row) for row in runs.itertuples()], index=runs.index)
+    table = pd.concat([runs, found], axis=1)
+    for name in ("ttft", "tpot"):
+        if f"{name}_ms" in table:
+            table[f"{name}_error"] = table[f"{name}_ms"] / table[f"{name}_mean_ms"] - 1.0
+    return table
+
+
+def report(table: pd.DataFrame, by: list[str]) -> str:
+    """Errors by group: mean absolute and median signed, in per cent."""
+    lines = [f"{'group':<62}{'runs':>5}{'none':>5}{'TPOT MAPE':>11}{'bias':>7}{'TTFT MAPE':>11}{'bias':>7}"]
+
+    def line(label: str, part: pd.DataFrame) -> str:
+        known = part[part.tpot_error.notna()]
+        return (
+            f"{label:<62}{len(part):>5}{len(part) - len(known):>5}"
+            f"{100 * known.tpot_error.abs().mean():>10.1f}%{100 * known.tpot_error.median():>6.0f}%"
+            f"{100 * known.ttft_error.abs().mean():>10.1f}%{100 * known.ttft_error.median():>6.0f}%"
+        )
+
+    for key, part in table.groupby(by):
+        lines.append(line(" ".join(str(k) for k in key), part))
+    lines.append(line("all", table))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the comparison."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--use", choices=("calibrate", "judge"), default="judge")
+    parser.add_argument("--sample", type=int, default=0, help="at most this many rows per group")
+    parser.add_argument("--backend", default="", help="only this engine")
+    parser.add_argument("--out", type=Path, help="write the rows with predictions as CSV")
+    given = parser.parse_args()
+    runs = pd.read_csv(given.runs)
+    runs = runs[(runs.use == given.use) & (runs["mode"] == "agg")]
+    if given.backend:
+        runs = runs[runs.backend == given.backend]
+    if given.sample:
+        groups = runs.groupby(["model_path", "system", "backend"], group_keys=False)
+        runs = groups.apply(lambda part: part.sample(min(len(part), given.sample), random_state=0))
+    table = compare(runs, Planner())
+    print(report(table, ["model_path", "system", "backend"]))
+    if "problem" in table:
+        reasons = table.problem.dropna().value_counts().head(12)
+        print(json.dumps(reasons.to_dict(), indent=1))
+    if given.out:
+        table.to_csv(given.out)
+    np.seterr(all="warn")
+
+
+if __name__ == "__main__":
+    main()
