@@ -192,9 +192,9 @@ def bytes_moved(op: Operator) -> FloatArray:
     """Bytes that must cross device memory once, over the broadcast shape of its sizes."""
     match op:
         case Gemm():
-            stored = op.n * op.k * element_bytes(op.weights)
-            moving = op.k * element_bytes(op.activations) + op.n * OUTPUT_BYTES
-            return np.where(array(op.m) > 0, op.batch * (stored + array(op.m) * moving), 0.0)
+            matrix = op.n * op.k * element_bytes(op.weights)
+            row = op.k * element_bytes(op.activations) + op.n * OUTPUT_BYTES
+            return np.where(array(op.m) > 0, op.batch * (matrix + array(op.m) * row), 0.0)
         case PrefillAttention():
             q, p = array(op.query_tokens), array(op.context_tokens)
             keys = np.minimum(p + q, op.window + q) if op.window else p + q
@@ -203,8 +203,8 @@ def bytes_moved(op: Operator) -> FloatArray:
         case DecodeAttention():
             n, context = array(op.sequences), array(op.context_tokens)
             seen = np.minimum(context, op.window) if op.window else context
-            io = op.heads * (op.qk_dim + op.v_dim) * OUTPUT_BYTES
-            return n * (io + seen * _kv_bytes_per_token(op))
+            each = op.heads * (op.qk_dim + op.v_dim) * OUTPUT_BYTES
+            return n * (each + seen * _kv_bytes_per_token(op))
         case GroupedGemm():
             tokens = array(op.tokens)
             matrices = 3 if op.gated else 2

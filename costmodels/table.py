@@ -13,7 +13,7 @@ least P micro-batches are in flight.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,27 @@ class StepTables:
     # 90 % interval of step time relative to the tables: (low, high) factors, correlated.
     interval_factor: tuple[float, float] = (1.0, 1.0)
     provenance: tuple[Mapping[str, str], ...] = ()
+
+    def scaled(self, time_factor: float) -> StepTables:
+        """The same steps, every time multiplied by `time_factor`; energy above idle scales along.
+
+        FLOPs, bytes and watts stay: a slower machine does the same work at the same power.
+        """
+
+        def times(values: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+            return {name: value * time_factor for name, value in values.items()}
+
+        seconds = {
+            item.name: getattr(self, item.name) * time_factor
+            for item in fields(self)
+            if item.name.endswith(("_s", "_s_per_pair")) and item.name != "breakdown_s"
+        }
+        return replace(
+            self,
+            **seconds,
+            breakdown_s={category: times(values) for category, values in self.breakdown_s.items()},
+            energy_j=times(self.energy_j),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,8 +7,9 @@ batching limits or replicas only share their tables.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +22,7 @@ from planner.engines import EngineProfile
 from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
 from planner.objectives import bound_vector
-from planner.plans import PlanPoint, PlanSpace, check_plan
+from planner.plans import PlanPoint, PlanSpace, check_plan, half_format
 from planner.simulator import SchedulerConfig, SimulationResult, simulate
 from planner.workload import Workload
 
@@ -77,6 +78,8 @@ class Evaluator:
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
         self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
+        self._memory: dict[tuple[Any, ...], MemoryPlan] = {}
+        self._identity = {pool.name: self._digest(pool.name) for pool in cluster.pools}
 
     # --- what every plan shares -----------------------------------------------------------
 
@@ -96,10 +99,29 @@ class Evaluator:
         """The longest prompt."""
         return int(self.workload.input_tokens.max())
 
+    def _digest(self, pool: str) -> str:
+        """What the tables of a pool depend on besides the plan, as one short key.
+
+        Content, not names: two configs of one name, or a device that a user's catalog changes,
+        must not share tables.
+        """
+        facts = (self.spec, self.engine, self.cluster.pool(pool), self.cluster.inter_node, self.model.name)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()
+
     # --- gates ------------------------------------------------------------------------------
 
     def memory(self, point: PlanPoint) -> MemoryPlan:
-        """Memory of one worker of the plan."""
+        """Memory of one worker of the plan, worked out once for plans that differ in nothing it reads."""
+        key = (
+            point.pool, point.degrees, point.weights, point.kv_cache, point.max_num_seqs,
+            point.max_num_batched_tokens, point.cuda_graphs, point.memory_fraction,
+        )  # fmt: skip
+        found = self._memory.get(key)
+        if found is None:
+            found = self._memory[key] = self._plan_memory(point)
+        return found
+
+    def _plan_memory(self, point: PlanPoint) -> MemoryPlan:
         return plan_memory(
             self.spec,
             self.cluster.pool(point.pool).device,
@@ -126,6 +148,11 @@ class Evaluator:
                 f"the longest request needs {self.longest_sequence_tokens} tokens of context, "
                 f"{self.spec.name} holds {limit}"
             )
+        if self.engine.policy == "mixed" and point.max_num_batched_tokens < point.max_num_seqs:
+            return (
+                f"max_num_batched_tokens {point.max_num_batched_tokens} is below max_num_seqs "
+                f"{point.max_num_seqs}: a step could not hold one token of every sequence"
+            )
         if not point.chunked_prefill and self.longest_input_tokens > point.max_num_batched_tokens:
             return (
                 f"without chunked prefill the longest prompt ({self.longest_input_tokens} tokens) does "
@@ -138,22 +165,15 @@ class Evaluator:
     def shape_key(self, point: PlanPoint) -> tuple[Any, ...]:
         """What the step tables of a plan depend on."""
         return (
-            self.spec.name, self.spec.quantization, self.engine.engine, self.engine.version,
-            point.pool, self.cluster.pool(point.pool), self.cluster.inter_node, point.degrees, point.weights,
-            point.activations, point.kv_cache, point.cuda_graphs, self._sizes(point),
-            _round_up(self.longest_sequence_tokens),
+            self._identity[point.pool], point.degrees, point.weights, point.activations, point.kv_cache,
+            point.cuda_graphs, self._sizes(point), _round_up(self.longest_sequence_tokens),
         )  # fmt: skip
 
     def _sizes(self, point: PlanPoint) -> tuple[int, int]:
         """(tokens, sequences) the tables of a plan must reach."""
-        longest = 0 if point.chunked_prefill else self.longest_input_tokens
-        tokens = max(self.table_tokens, point.max_num_batched_tokens, longest)
+        tokens = max(self.table_tokens, point.max_num_batched_tokens)
         sequences = max(self.table_seqs, point.max_num_seqs)
-        if not self.workload.concurrency:
-            sequences = min(sequences, _round_up(len(self.workload)))
-        else:
-            sequences = min(sequences, _round_up(self.workload.concurrency))
-        return _round_up(tokens), max(1, sequences)
+        return _round_up(tokens), max(1, min(sequences, _round_up(len(self.workload))))
 
     def tables(self, point: PlanPoint) -> StepTables:
         """Step tables of the plan's shape, compiled once."""
@@ -231,7 +251,9 @@ class Evaluator:
         if time_factor != 1.0:
             tables = tables.scaled(time_factor)
         device = self.cluster.pool(point.pool).device
-        peak_format = point.activations if point.activations in device.peak_flops_per_s else "bf16"
+        peak_format = point.activations
+        if peak_format not in device.peak_flops_per_s:
+            peak_format = half_format(device)
         result = simulate(
             self.workload,
             tables,
@@ -254,29 +276,48 @@ class Evaluator:
         used += min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)
         metrics["memory_bytes"] = used * point.devices
         breakdown = metrics.pop("breakdown_s")
+        found = Evaluation(point, metrics, memory, breakdown, {})
+        return self.with_interval(found) if interval else found
+
+    def with_interval(self, evaluation: Evaluation) -> Evaluation:
+        """The same evaluation with its 90 % interval: the plan on a faster and on a slower machine."""
+        point, metrics = evaluation.point, evaluation.metrics
+        ends = [
+            self.run(point, time_factor=factor)[0].metrics() for factor in self.tables(point).interval_factor
+        ]
         rows: dict[str, dict[str, tuple[float, float]]] = {}
-        if interval:
-            low, high = self.tables(point).interval_factor
-            ends = [self.run(point, time_factor=factor)[0].metrics() for factor in (low, high)]
-            for metric in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
-                rows[metric] = {
-                    name: _ordered(value, ends[0][metric][name], ends[1][metric][name])
-                    for name, value in metrics[metric].items()
-                    if value is not None
-                }
-            for metric in ("output_tokens_per_s", "energy_j"):
-                rows[metric] = {"value": _ordered(metrics[metric], ends[0][metric], ends[1][metric])}
-        return Evaluation(point, metrics, memory, breakdown, rows)
+        for metric in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+            rows[metric] = {
+                name: _ordered(value, ends[0][metric][name], ends[1][metric][name])
+                for name, value in metrics[metric].items()
+                if value is not None
+            }
+        for metric in ("output_tokens_per_s", "energy_j"):
+            rows[metric] = {"value": _ordered(metrics[metric], ends[0][metric], ends[1][metric])}
+        return replace(evaluation, interval=rows)
 
     # --- bounds -----------------------------------------------------------------------------
 
     def bounds(self, point: PlanPoint) -> dict[str, float]:
         """Admissible bounds on the plan's metrics (see `planner.bounds`)."""
-        key = (*self.shape_key(point), point.prefix_caching)
+        memory = self.memory(point)
+        at_once = min(point.max_num_seqs * point.attention_data, len(self.workload))
+        room = at_once * (self.longest_sequence_tokens + self.engine.block_tokens)
+        preemption = self.engine.admission == "on_demand" and memory.kv_tokens < room
+        key = (
+            *self.shape_key(point), point.prefix_caching, point.max_num_seqs, point.max_num_batched_tokens,
+            preemption,
+        )  # fmt: skip
         work = self._bounds.get(key)
         if work is None:
-            work = work_bounds(self.workload, self.tables(point), prefix_caching=point.prefix_caching)
-            self._bounds[key] = work
+            work = self._bounds[key] = work_bounds(
+                self.workload,
+                self.tables(point),
+                prefix_caching=point.prefix_caching,
+                max_num_seqs=point.max_num_seqs,
+                max_num_batched_tokens=point.max_num_batched_tokens,
+                preemption=preemption,
+            )
         device = self.cluster.pool(point.pool).device
         return metric_bounds(
             work,

@@ -11,8 +11,12 @@ from planner.pareto import knee
 from planner.search import Judged
 
 
-def recommend(front: Sequence[Judged], objectives: Sequence[str]) -> tuple[Judged, str]:
+def recommend(
+    front: Sequence[Judged], objectives: Sequence[str], *, certified: bool = True
+) -> tuple[Judged, str]:
     """The plan to take and why: the knee of the front, or the nearest miss of the SLO.
+
+    `certified` says whether the search looked at every plan; the words promise no more.
 
     The knee is the plan nearest to the ideal point when every objective is scaled to [0, 1]
     over the front. Raises ValueError for an empty front.
@@ -22,12 +26,14 @@ def recommend(front: Sequence[Judged], objectives: Sequence[str]) -> tuple[Judge
     if not front[0].meets_slo:
         best = front[0]
         missed = "; ".join(miss.words() for miss in best.misses)
-        return best, f"no plan meets the SLO; this one is nearest: {missed}"
+        none = "no plan meets" if certified else "the search ended before a plan was found that meets"
+        return best, f"{none} the SLO; this one is nearest: {missed}"
     values = np.array([item.objectives for item in front])
     index = knee(values)
     chosen = front[index]
     if len(front) == 1:
-        return chosen, "it is the only plan on the front: none is better in any objective"
+        words = "none is better in any objective" if certified else "no simulated plan is better"
+        return chosen, f"it is the only plan on the front: {words}"
     parts = []
     for column, name in enumerate(objectives):
         best = values[:, column].min()
@@ -37,7 +43,10 @@ def recommend(front: Sequence[Judged], objectives: Sequence[str]) -> tuple[Judge
             parts.append(f"the best {words}")
         else:
             gap = abs(own - best) / max(abs(best), 1e-300)
+            side = "below" if OBJECTIVES[name].maximise else "above"
             parts.append(
-                f"{words} {100 * gap:.0f} % {'below' if OBJECTIVES[name].maximise else 'above'} the best"
+                f"{words} within 1 % of the best"
+                if gap < 0.01
+                else f"{words} {100 * gap:.0f} % {side} the best"
             )
     return chosen, f"the knee of a front of {len(front)}: it has " + ", ".join(parts)

@@ -186,6 +186,11 @@ def plan_memory(
                 f"the longest request ({longest_sequence_tokens} tokens) needs {gigabytes(longest)} of "
                 f"KV cache per device, {gigabytes(pool)} are left"
             )
+        elif longest_sequence_tokens > blocks * block:
+            shortfall = (
+                f"the longest request ({longest_sequence_tokens} tokens) does not fit in the KV cache of "
+                f"{blocks * block} tokens"
+            )
     return MemoryPlan(
         weights_bytes=weight_bytes,
         activations_bytes=activations,

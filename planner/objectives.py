@@ -41,10 +41,15 @@ OBJECTIVES: dict[str, ObjectiveInfo] = {
 
 
 def objective_value(name: str, metrics: Mapping[str, Any]) -> float:
-    """The objective of a plan as a number to minimise (throughput negated)."""
+    """The objective of a plan as a number to minimise (throughput negated).
+
+    A statistic that does not exist (TPOT when every answer is one token) is 0 for every plan alike.
+    """
     info = OBJECTIVES[name]
     value = metrics[info.metric]
-    number = float(value[info.statistic] if info.statistic else value)
+    if info.statistic:
+        value = value[info.statistic]
+    number = 0.0 if value is None else float(value)
     return -number if info.maximise else number
 
 

@@ -47,6 +47,7 @@ class Question:
     workload_summary: dict[str, Any]
     model: CostModel
     catalog: Catalog
+    prices: dict[str, float]  # USD per device-hour by the catalog's own names
 
     def evaluator(self, **options: Any) -> Evaluator:
         """An evaluator of this question's plans."""
@@ -57,7 +58,7 @@ class Question:
             self.engine,
             self.model,
             slo=self.request.slo.bounds(),
-            prices=self.request.prices,
+            prices=self.prices,
             **options,
         )
 
@@ -98,14 +99,15 @@ class Planner:
             self.catalog,
             base_dir=self.base_dir,
         )
-        for name in request.prices:
-            self.catalog.device(name, f"prices.{name}")
+        prices = {
+            self.catalog.device(name, f"prices.{name}").name: usd for name, usd in request.prices.items()
+        }
         workload, summary = self._workload(request)
         if engine.engine not in self._costs:
             self._costs[engine.engine] = default_cost_model(engine.engine)
         return Question(
             request, self._models[request.model], cluster, engine, workload, summary,
-            self._costs[engine.engine], self.catalog,
+            self._costs[engine.engine], self.catalog, prices,
         )  # fmt: skip
 
     def _workload(self, request: PlanningRequest) -> tuple[Workload, dict[str, Any]]:
@@ -247,10 +249,11 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
     rest = sorted(
         (item for item in outcome.judged if item.point.id not in ids), key=lambda item: item.objectives
     )
-    entries, rows = [], []
+    entries: list[PlanEntry] = []
+    rows: list[Mapping[str, str]] = []
     for item in [*front, *rest]:
         on_front = item.point.id in ids
-        evaluation = evaluator.evaluate(item.point) if on_front else item.evaluation
+        evaluation = evaluator.with_interval(item.evaluation) if on_front else item.evaluation
         entries.append(
             PlanEntry.model_construct(
                 **evaluation.entry(item.meets_slo, [miss.as_dict() for miss in item.misses])
@@ -263,10 +266,11 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
         values = np.array([item.objectives for item in outcome.judged if item.meets_slo])
         chosen = np.array([item.objectives for item in front])
         scaled = normalise(np.vstack([values, chosen]))[len(values) :]
-        volume = hypervolume(scaled, np.full(values.shape[1], 1.1))
+        # A share of the box between the ideal point and one a tenth beyond the worst: 0 to 1.
+        volume = hypervolume(scaled, np.full(values.shape[1], 1.1)) / 1.1 ** values.shape[1]
     recommended = None
     if front:
-        best, reason = recommend(front, request.objectives)
+        best, reason = recommend(front, request.objectives, certified=outcome.certified)
         recommended = Recommended(plan_id=best.point.id, reason=reason)
     rejected = sorted(outcome.rejected, key=lambda item: -item.plans)
     return PlanningResult.model_construct(

@@ -95,7 +95,7 @@ class PlanPoint:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def label(self) -> str:
-        """Short name: `2x TP4 fp8 kv-fp8 b256/8192`."""
+        """Short name: `2x TP4 PP2 fp8 kv-fp8 b256/8192` (sequences / tokens of a step)."""
         parts = [f"TP{self.tensor}"]
         if self.pipeline > 1:
             parts.append(f"PP{self.pipeline}")
@@ -103,6 +103,7 @@ class PlanPoint:
             parts.append(f"ADP{self.attention_data}")
         if self.expert > 1:
             parts.append(f"EP{self.expert}")
+        parts += [self.weights, f"kv-{self.kv_cache}", f"b{self.max_num_seqs}/{self.max_num_batched_tokens}"]
         name = " ".join(parts)
         if self.replicas > 1:
             name = f"{self.replicas}x {name}"
@@ -265,7 +266,6 @@ class PlanSpace:
         if key in self._batching:
             return self._batching[key]
         limits, engine, tier = self.limits, self.engine, self.engine.tier(pool.device)
-        seqs = limits.max_num_seqs or tuple(dict.fromkeys([tier.max_num_seqs, 256, 64]))
         tokens = limits.max_num_batched_tokens or tuple(
             dict.fromkeys([tier.max_num_batched_tokens, 2048, 8192, 16384])
         )
@@ -275,6 +275,8 @@ class PlanSpace:
                 # Without chunked prefill as a choice, an engine that leaves it off is also tried with it.
                 for chunked in limits.chunked_prefill or tuple(dict.fromkeys((engine.chunked_prefill, True))):
                     for budget in tokens:
+                        usual = _default_seqs(engine, tier.max_num_seqs, budget)
+                        seqs = limits.max_num_seqs or tuple(dict.fromkeys([usual, 256, 64]))
                         fractions = limits.memory_fraction or (
                             engine.memory_fraction(
                                 pool.device,
@@ -335,8 +337,8 @@ def resolve_plan(
 ) -> PlanPoint:
     """A plan with every field that was left out set to the engine's or checkpoint's default.
 
-    Raises InputError when the plan names a pool that does not exist, asks for something this
-    version does not model, or takes more devices than the pool has.
+    Raises InputError when the plan names a pool that does not exist or asks for something this
+    version does not model; whether the pool can hold it is `check_plan`'s question.
     """
     if plan.serving != "aggregated" or plan.worker is None:
         raise InputError(f"{path}.serving", "this version plans aggregated serving only")
@@ -373,7 +375,7 @@ def resolve_plan(
         weights=weights,
         activations=activations,
         kv_cache=worker.quantization.kv_cache or own_kv,
-        max_num_seqs=batching.max_num_seqs or tier.max_num_seqs,
+        max_num_seqs=batching.max_num_seqs or _default_seqs(engine, tier.max_num_seqs, budget),
         max_num_batched_tokens=budget,
         chunked_prefill=engine.chunked_prefill
         if batching.chunked_prefill is None
@@ -389,6 +391,11 @@ def resolve_plan(
         ),
         prefix_caching=engine.prefix_caching if worker.prefix_caching is None else worker.prefix_caching,
     )
+
+
+def _default_seqs(engine: EngineProfile, default: int, budget: int) -> int:
+    """The default sequence cap: an engine that mixes decodes and prompts holds it to the token budget."""
+    return min(default, budget) if engine.policy == "mixed" else default
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -27,9 +27,11 @@ Method: TypeAlias = Literal["auto", "exhaustive", "cp-sat", "mcts"]
 Percentile: TypeAlias = Literal["mean", "p50", "p90", "p95", "p99"]
 
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+# Strict: neither `true` nor "4" is a number (whole numbers pass as floats).
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class _Model(BaseModel):
@@ -133,7 +135,7 @@ class SharedPrefix(_Model):
 class Turns(_Model):
     """Multi-turn conversations: the history comes back as input."""
 
-    mean: Annotated[float, Field(ge=1, le=10_000, allow_inf_nan=False)] = 1.0
+    mean: Annotated[float, Field(ge=1, le=10_000, allow_inf_nan=False, strict=True)] = 1.0
     think_time_s: NonNegativeFloat = 0.0
 
 
@@ -180,30 +182,36 @@ class Slo(_Model):
         return self.model_dump(exclude_none=True)
 
 
-def _choices(kind: Any) -> Any:
-    return Annotated[tuple[kind, ...], Field(min_length=1)] | None
+_T = TypeVar("_T")
+Choices: TypeAlias = Annotated[tuple[_T, ...], Field(min_length=1)]
 
 
 class SpaceLimits(_Model):
     """Optional limits of the plan space: the values a plan may take."""
 
-    serving: _choices(ServingMode) = None
-    replicas: _choices(PositiveInt) = None
-    pools: _choices(str) = None
-    tensor: _choices(PositiveInt) = None
-    pipeline: _choices(PositiveInt) = None
-    expert: _choices(PositiveInt) = None
-    attention_data: _choices(PositiveInt) = None
-    context: _choices(PositiveInt) = None
-    weights: _choices(WeightFormat) = None
-    activations: _choices(WeightFormat) = None
-    kv_cache: _choices(KvFormat) = None
-    max_num_seqs: _choices(PositiveInt) = None
-    max_num_batched_tokens: _choices(PositiveInt) = None
-    chunked_prefill: _choices(bool) = None
-    cuda_graphs: _choices(bool) = None
-    prefix_caching: _choices(bool) = None
-    memory_fraction: _choices(Fraction) = None
+    serving: Choices[ServingMode] | None = None
+    replicas: Choices[PositiveInt] | None = None
+    pools: Choices[str] | None = None
+    tensor: Choices[PositiveInt] | None = None
+    pipeline: Choices[PositiveInt] | None = None
+    expert: Choices[PositiveInt] | None = None
+    attention_data: Choices[PositiveInt] | None = None
+    context: Choices[PositiveInt] | None = None
+    weights: Choices[WeightFormat] | None = None
+    activations: Choices[WeightFormat] | None = None
+    kv_cache: Choices[KvFormat] | None = None
+    max_num_seqs: Choices[PositiveInt] | None = None
+    max_num_batched_tokens: Choices[PositiveInt] | None = None
+    chunked_prefill: Choices[Flag] | None = None
+    cuda_graphs: Choices[Flag] | None = None
+    prefix_caching: Choices[Flag] | None = None
+    memory_fraction: Choices[Fraction] | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _unique(cls, value: Any) -> Any:
+        # A value given twice would make every plan that has it stand twice in the space.
+        return tuple(dict.fromkeys(value)) if isinstance(value, tuple) else value
 
 
 class SearchRequest(_Model):
@@ -275,8 +283,8 @@ class Batching(_Model):
     policy: Literal["continuous"] = "continuous"
     max_num_seqs: PositiveInt | None = None
     max_num_batched_tokens: PositiveInt | None = None
-    chunked_prefill: bool | None = None
-    cuda_graphs: bool | None = None
+    chunked_prefill: Flag | None = None
+    cuda_graphs: Flag | None = None
 
 
 class Speculative(_Model):
@@ -284,14 +292,14 @@ class Speculative(_Model):
 
     method: Literal["eagle", "mtp", "ngram", "draft_model"]
     draft_tokens: PositiveInt = 3
-    acceptance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.7
+    acceptance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] = 0.7
 
 
 class KvOffload(_Model):
     """KV blocks that leave the device."""
 
     target: Literal["cpu", "disk"]
-    bytes: PositiveInt
+    bytes: Annotated[int, Field(ge=1, le=2**60, strict=True)]
 
 
 class Worker(_Model):
@@ -302,7 +310,7 @@ class Worker(_Model):
     quantization: Quantization = Quantization()
     batching: Batching = Batching()
     memory_fraction: Fraction | None = None
-    prefix_caching: bool | None = None
+    prefix_caching: Flag | None = None
     speculative: Speculative | None = None
     kv_offload: KvOffload | None = None
 
@@ -376,7 +384,10 @@ def _path(loc: tuple[int | str, ...], prefix: str) -> str:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, nesting without end
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -421,7 +432,7 @@ def _sentence(error: Mapping[str, Any], model: type[BaseModel]) -> str:
         words = {"greater_than": ("gt", "more than"), "greater_than_equal": ("ge", "at least"),
                  "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most")}  # fmt: skip
         key, word = words[kind]
-        return f"must be {word} {context[key]:g}, not {_show(value)}"
+        return f"must be {word} {context[key]:.12g}, not {_show(value)}"
     if kind in _TYPE_WORDS:
         words_ = _TYPE_WORDS[kind]
         return words_ if kind == "missing" else f"{words_}, not {_show(value)}"
@@ -430,8 +441,13 @@ def _sentence(error: Mapping[str, Any], model: type[BaseModel]) -> str:
 
 def input_error(error: ValidationError, model: type[BaseModel], prefix: str = "") -> RequestError:
     """A pydantic failure as an `InputError` with the path and one sentence per problem."""
+    items = error.errors(include_url=False)
+    # A list whose members are wrong is also called too short: its members' problems say it all.
+    parents = {item["loc"][:length] for item in items for length in range(len(item["loc"]))}
     problems = [
-        (_path(item["loc"], prefix), _sentence(item, model)) for item in error.errors(include_url=False)
+        (_path(item["loc"], prefix), _sentence(item, model))
+        for item in items
+        if item["type"] != "too_short" or item["loc"] not in parents
     ]
     return RequestError(problems or [(prefix, "is not valid")])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -11,6 +11,10 @@ from planner.request import SCHEMA_VERSION
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+#: [low, high] between which a value lies with 90 % probability.
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class Recommended(_Model):
@@ -29,7 +33,7 @@ class PlanEntry(_Model):
     slo_misses: list[dict[str, Any]] = Field(default_factory=list)
     metrics: dict[str, Any]
     memory_bytes_per_device: dict[str, float]
-    interval: dict[str, dict[str, tuple[float, float]]] = Field(default_factory=dict)
+    interval: dict[str, dict[str, Interval]] = Field(default_factory=dict)
     breakdown_s: dict[str, float]
 
 

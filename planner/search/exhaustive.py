@@ -6,11 +6,14 @@ plan's bound, so that the plan could at best repeat a point of the front. The fr
 the one of the whole space (`certified`), which a test compares with an unpruned search.
 
 Plans with tight competition are simulated first: the smaller a plan's bound on the normalised
-objectives, the likelier it is to be on the front and to prune others.
+objectives, the likelier it is to be on the front and to prune others. Half of the budget at most
+goes into bounds, and parts of the space are bounded in an order drawn from the seed, so that a
+search cut short has looked at all kinds of plans.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +31,10 @@ FloatArray = npt.NDArray[np.float64]
 
 #: Bounds and simulated values are sums of floats in different order: what differs by less is equal.
 _EQUAL = 1e-9
+#: Least time between two reports of progress, in s; the last one always comes.
+_REPORT_S = 0.05
+#: Share of the budget that bounds may take.
+_BOUND_SHARE = 0.5
 #: How many plans nearest to the SLO are simulated when none can meet it.
 _NEAREST = 5
 
@@ -63,7 +70,7 @@ class ExhaustiveSearch:
         """See `Searcher.search`."""
         start = clock()
         run = _Run(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
-        candidates = run.collect()
+        candidates = run.collect(seed)
         run.simulate(candidates, prune=self.prune, workers=workers)
         return run.outcome(self.name)
 
@@ -91,42 +98,47 @@ class _Run:
         self.bounded = 0
         self.complete = True
         self.reason = ""
+        self._front: list[Judged] = []
         self._front_values: FloatArray = np.empty((0, len(objectives)))
         self._last_report = -1.0
 
     # --- gates and bounds ---------------------------------------------------------------------
 
-    def collect(self) -> _Candidates:
-        """Every plan through the memory gate, with its bounds."""
+    def collect(self, seed: int) -> _Candidates:
+        """Every plan through the memory gate, with its bounds, in the order of the space."""
         for item in self.space.excluded:
-            self.rejected.append(
-                Rejected(
-                    next(self.space.points(item.layout, item.formats or ("bf16",) * 3)),
-                    item.reason,
-                    item.plans,
-                )
-            )
-        points: list[PlanPoint] = []
-        rows: list[FloatArray] = []
-        distance: list[float] = []
-        for layout, formats in self.space.groups:
+            example = next(self.space.points(item.layout, item.formats or ("bf16",) * 3))
+            self.rejected.append(Rejected(example, item.reason, item.plans))
+        order = list(range(len(self.space.groups)))
+        random.Random(seed).shuffle(order)
+        found: list[tuple[int, PlanPoint, FloatArray, float]] = []
+        refused: list[tuple[int, list[Rejected]]] = []
+        for group in order:
+            if self._stop(_BOUND_SHARE, done=len(found)):
+                break
             reasons: dict[str, list[PlanPoint]] = {}
-            for point in self.space.points(layout, formats):
+            for point in self.space.points(*self.space.groups[group]):
                 reason = self.evaluator.reject(point)
                 if reason:
                     reasons.setdefault(reason, []).append(point)
                     continue
-                if self._stop():
-                    return _Candidates(points, np.array(rows), np.array(distance))
                 bounds = self.evaluator.bounds(point)
-                points.append(point)
-                rows.append(self.evaluator.bound_vector(point, self.objectives, bounds))
-                distance.append(slo_distance_bound(self.evaluator.slo, bounds))
-            for reason, group in reasons.items():
-                self.rejected.append(Rejected(group[0], reason, len(group)))
-                self.rejected_plans += len(group)
+                vector = self.evaluator.bound_vector(point, self.objectives, bounds)
+                found.append((group, point, vector, slo_distance_bound(self.evaluator.slo, bounds)))
+            refused.append(
+                (group, [Rejected(plans[0], reason, len(plans)) for reason, plans in reasons.items()])
+            )
+            self.rejected_plans += sum(map(len, reasons.values()))
             self._progress("bounds")
-        return _Candidates(points, np.array(rows), np.array(distance))
+        # The sort is stable: within a group plans keep their order, engine defaults first.
+        found.sort(key=lambda row: row[0])
+        for _, rows in sorted(refused, key=lambda row: row[0]):
+            self.rejected += rows
+        return _Candidates(
+            [row[1] for row in found],
+            np.array([row[2] for row in found]),
+            np.array([row[3] for row in found]),
+        )
 
     # --- simulation ---------------------------------------------------------------------------
 
@@ -154,7 +166,7 @@ class _Run:
             if len(nearest) == _NEAREST and candidates.distance[index] >= nearest[-1]:
                 self.bounded += len(hopeless) - position
                 return
-            if self._stop():
+            if self._stop(done=len(self.judged)):
                 return
             self._judge(candidates.points[index])
 
@@ -175,7 +187,7 @@ class _Run:
 
     def _alive(self, candidates: _Candidates, order: list[int], prune: bool) -> Iterator[int]:
         for index in order:
-            if self._stop():
+            if self._stop(done=len(self.judged)):
                 return
             bound = candidates.bounds[index]
             slack = _EQUAL * np.abs(bound)
@@ -202,26 +214,34 @@ class _Run:
     def _keep(self, item: Judged) -> None:
         self.judged.append(item)
         if item.meets_slo:
-            values = np.vstack([self._front_values, np.array(item.objectives)])
-            self._front_values = values[non_dominated(values)]
+            own = np.array(rounded(item.objectives))
+            if not bool(np.any(np.all(self._front_values <= own, axis=1))):
+                beaten = np.all(own <= self._front_values, axis=1)
+                self._front_values = np.vstack([self._front_values[~beaten], own])
+                self._front = [kept for kept, gone in zip(self._front, beaten, strict=True) if not gone]
+                self._front.append(item)
         self._progress("simulating")
 
     # --- ends and reports ---------------------------------------------------------------------
 
-    def _stop(self) -> bool:
+    def _stop(self, share: float = 1.0, *, done: int) -> bool:
+        """Whether the search was cancelled, or has used `share` of its budget with something `done`.
+
+        One plan at least is bounded and simulated, so that even the smallest budget has an answer.
+        """
         if self.is_cancelled is not None and self.is_cancelled():
             self.complete, self.reason = False, "cancelled"
             return True
-        if self.clock() - self.start > self.budget_s:
+        if done and self.clock() - self.start > share * self.budget_s:
             self.complete, self.reason = False, f"the budget of {self.budget_s:g} s ran out"
             return True
         return False
 
-    def _progress(self, phase: str) -> None:
+    def _progress(self, phase: str, *, always: bool = False) -> None:
         if self.report is None:
             return
         now = self.clock() - self.start
-        if now - self._last_report < 0.05:
+        if not always and now - self._last_report < _REPORT_S:
             return
         self._last_report = now
         self.report(
@@ -234,12 +254,13 @@ class _Run:
                 simulated=len(self.judged),
                 front=len(self._front_values),
                 elapsed_s=now,
-                best=tuple(front_of(self.judged)) if phase == "simulating" else (),
+                best=tuple(self._front) or tuple(front_of(self.judged)),
             )
         )
 
     def outcome(self, method: str) -> Outcome:
         """The front of what was simulated, and whether it is that of the whole space."""
+        self._progress("done", always=True)
         return Outcome(
             method=method,
             space_size=len(self.space),
@@ -254,11 +275,16 @@ class _Run:
         )
 
 
+def rounded(values: Sequence[float]) -> tuple[float, ...]:
+    """Values to nine significant digits: what differs by less is one trade-off, not two."""
+    return tuple(float(f"{value:.9g}") for value in values)
+
+
 def front_of(judged: Sequence[Judged]) -> list[Judged]:
     """The Pareto front of the plans that meet the SLO; without any, the nearest misses."""
     meeting = [item for item in judged if item.meets_slo]
     if not meeting:
         nearest = sorted(judged, key=lambda item: (item.distance, item.objectives))
         return nearest[:_NEAREST]
-    values = np.array([item.objectives for item in meeting])
+    values = np.array([rounded(item.objectives) for item in meeting])
     return sorted((meeting[i] for i in non_dominated(values)), key=lambda item: item.objectives)

@@ -21,7 +21,7 @@ class Workload:
     output_tokens  [N] int64    >= 1
     parent         [N] int64    -1, or the earlier row whose completion triggers this one
     delay_s        [N] float64  think time or tool pause after the parent's completion
-    session        [N] int64    rows of one session share it (routing stays on one replica)
+    session        [N] int64    0, 1, ...: rows of one session share it (routing stays on one replica)
     concurrency    0 for an open loop; else the number of clients of a closed loop: the first
                    `concurrency` root rows (parent -1) start at 0, each further root row when a
                    client has finished its session

@@ -1,0 +1,515 @@
+"""Terms of a model's step compiled to `StepTables`: arrays the simulator reads in nanoseconds.
+
+GEMMs are evaluated at every size up to 64 and around every multiple of 16 above, where their tile
+staircase has its steps; between those a line is exact enough (tiles are at least 16 rows high).
+Attention is evaluated on knots about sqrt(2) apart. Curves are cached by what they depend on, so
+plans that differ in batching or in depth share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from costmodels.base import CostModel
+from costmodels.ops import FloatArray, Operator
+from costmodels.roofline import bytes_moved, causal_pairs, flops
+from costmodels.table import HostOverhead, IntArray, StepTables, Term
+from hardware.device import Device
+from hardware.errors import InputError
+
+CATEGORIES = ("gemm", "attention", "moe", "communication")
+SIZES = ("tokens", "micro_batch", "logits", "prefill", "decode")
+
+
+@dataclass(slots=True, eq=False)
+class _Curve:
+    """One call's cost over sizes 0..n: seconds, interval, joules above idle, FLOPs, bytes."""
+
+    time_s: FloatArray
+    low_s: FloatArray
+    high_s: FloatArray
+    energy_j: FloatArray
+    flops: FloatArray
+    bytes_moved: FloatArray
+    kind: str
+    source: str
+
+
+@dataclass(slots=True, eq=False)
+class _Sum:
+    """Cost of all terms of one size class, per stage [P, n+1], and its accounting."""
+
+    stages: FloatArray
+    low: FloatArray
+    high: FloatArray
+    launches: FloatArray  # [P]
+    energy: FloatArray
+    flops: FloatArray
+    bytes_moved: FloatArray
+    categories: dict[str, FloatArray] = field(default_factory=dict)  # over all stages
+
+
+@lru_cache(maxsize=64)
+def sample_sizes(largest: int) -> FloatArray:
+    """Sizes 0..largest at which curves are evaluated, ascending: all up to 64, then x - 1, x, x + 1 around
+    each multiple of 16 up to 1024, of 64 up to 8192 and of 256 above."""
+    points = set(range(0, min(64, largest) + 1)) | {largest}
+    for start, stop, step in ((64, 1024, 16), (1024, 8192, 64), (8192, max(8193, largest + 1), 256)):
+        for x in range(start, min(stop, largest) + 1, step):
+            points |= {y for y in (x - 1, x, x + 1) if y <= largest}
+    return np.array(sorted(points), dtype=np.float64)
+
+
+_CACHE: dict[tuple[Any, ...], _Curve] = {}
+_CACHE_LIMIT = 4096
+
+
+def _hashable(operator: Operator) -> tuple[Any, ...]:
+    """What identifies an operator built for one scalar size."""
+    values = (getattr(operator, name) for name in type(operator).__dataclass_fields__)
+    plain = tuple(value.tolist() if isinstance(value, np.ndarray) else value for value in values)
+    return (type(operator).__name__, *plain)
+
+
+def _device_key(device: Device) -> tuple[Any, ...]:
+    peaks = tuple(sorted(device.peak_flops_per_s.items()))
+    return (
+        device.name,
+        device.architecture,
+        device.memory_bandwidth_bytes_per_s,
+        peaks,
+        device.sm_count,
+        device.tdp_w,
+        device.idle_w,
+    )
+
+
+def _curve(term: Term, model: CostModel, device: Device, largest: int) -> _Curve:
+    probe = tuple(_hashable(term.operator(size)) for size in (1.0, 2.0, float(largest)))
+    key = (model.name, _device_key(device), probe, largest)
+    found = _CACHE.get(key)
+    if found is None:
+        sizes = sample_sizes(largest)
+        operator = term.operator(sizes)
+        guess = model.predict(operator, device)
+        every = np.arange(largest + 1, dtype=np.float64)
+
+        def dense(values: FloatArray) -> FloatArray:
+            curve = np.interp(every, sizes, np.broadcast_to(values, sizes.shape))
+            curve[0] = 0.0
+            return curve
+
+        found = _Curve(
+            dense(guess.time_s),
+            dense(guess.low_s),
+            dense(guess.high_s),
+            dense((guess.power_w - device.idle_w) * guess.time_s),
+            dense(flops(operator)),
+            dense(bytes_moved(operator)),
+            guess.kind,
+            guess.source,
+        )
+        if len(_CACHE) >= _CACHE_LIMIT:
+            _CACHE.clear()
+        _CACHE[key] = found
+    return found
+
+
+def _accumulate(
+    terms: Sequence[Term],
+    size: str,
+    model: CostModel,
+    device: Device,
+    pipeline: int,
+    largest: int,
+    rows: set[Any],
+) -> _Sum:
+    def flat() -> FloatArray:
+        return np.zeros(largest + 1)
+
+    def staged() -> FloatArray:
+        return np.zeros((pipeline, largest + 1))
+
+    total = _Sum(staged(), staged(), staged(), np.zeros(pipeline), flat(), flat(), flat())
+    total.categories = {name: np.zeros(largest + 1) for name in CATEGORIES}
+    for term in terms:
+        if term.size != size:
+            continue
+        curve = _curve(term, model, device, largest)
+        counts = np.array(term.stage_counts, dtype=np.float64)
+        total.stages += counts[:, None] * curve.time_s
+        total.low += counts[:, None] * curve.low_s
+        total.high += counts[:, None] * curve.high_s
+        total.launches += counts * term.launches
+        often = counts.sum()
+        total.energy += often * curve.energy_j
+        total.flops += often * curve.flops
+        total.bytes_moved += often * curve.bytes_moved
+        total.categories[term.category] += often * curve.time_s
+        rows.add((term.category, term.name, curve.source, curve.kind))
+    return total
+
+
+def _check(terms: Sequence[Term], pipeline: int) -> None:
+    for term in terms:
+        if term.size not in SIZES:
+            raise InputError(f"terms.{term.name}.size", f"unknown size {term.size!r}", ", ".join(SIZES))
+        if term.category not in CATEGORIES:
+            raise InputError(
+                f"terms.{term.name}.category", f"unknown category {term.category!r}", ", ".join(CATEGORIES)
+            )
+        if len(term.stage_counts) != pipeline:
+            raise InputError(
+                f"terms.{term.name}.stage_counts",
+                f"{len(term.stage_counts)} stages are given, the pipeline has {pipeline}",
+            )
+
+
+def _padding(sizes: tuple[int, ...], largest: int) -> tuple[IntArray, FloatArray]:
+    """(padded size of each batch, whether it runs as a graph) for batches 0..largest."""
+    batch = np.arange(largest + 1)
+    if not sizes:
+        return batch, np.zeros(largest + 1)
+    captured = np.array(sorted(sizes))
+    at = np.searchsorted(captured, batch)
+    graph = at < len(captured)
+    padded = np.where(graph, captured[np.minimum(at, len(captured) - 1)], batch)
+    padded[0] = 0
+    return padded, graph.astype(np.float64)
+
+
+def _latency_cycle(stages: FloatArray) -> tuple[FloatArray, FloatArray]:
+    return stages.sum(axis=0), stages.shape[0] * stages.max(axis=0)
+
+
+def sequence_knots(largest: int) -> FloatArray:
+    """Batch sizes at which decode attention is evaluated: 0, 1, 2, 3, 4, 6, 8, 12, ... up to `largest`."""
+    points = {0, 1, largest}
+    size = 2
+    while size <= largest:
+        points |= {
+            size,
+            min(largest, size * 5 // 4),
+            min(largest, size * 3 // 2),
+            min(largest, size * 7 // 4),
+        }
+        size *= 2
+    return np.array(sorted(points), dtype=np.float64)
+
+
+def context_knots(largest: int) -> FloatArray:
+    """Context lengths at which attention is evaluated: 0, then 16 growing by 2^(1/4) in whole tiles."""
+    points = {0.0, float(largest)}
+    size = 16.0
+    while size < largest:
+        points.add(float(round(size / 16) * 16))
+        size *= 2.0**0.25
+    return np.array(sorted(p for p in points if p <= largest), dtype=np.float64)
+
+
+def compile_tables(
+    terms: Sequence[Term],
+    device: Device,
+    model: CostModel,
+    *,
+    pipeline: int,
+    attention_data: int,
+    max_slot_tokens: int,
+    max_slot_sequences: int,
+    max_context_tokens: int,
+    cap_tokens: int,
+    host: HostOverhead,
+    devices_per_worker: int,
+) -> StepTables:
+    """The step tables of one model shape on one device; see `StepTables` for every field.
+
+    Pure but for a cache of curves. Raises InputError for malformed terms or sizes below 1, KeyError
+    for formats `device` cannot run.
+    """
+    for name, value in (
+        ("pipeline", pipeline),
+        ("attention_data", attention_data),
+        ("max_slot_tokens", max_slot_tokens),
+        ("max_slot_sequences", max_slot_sequences),
+        ("max_context_tokens", max_context_tokens),
+        ("devices_per_worker", devices_per_worker),
+    ):
+        if value < 1:
+            raise InputError(name, f"must be at least 1, not {value}")
+    _check(terms, pipeline)
+    largest_graph = max((s for s in host.graph_sizes), default=0)
+    tokens = max(max_slot_tokens, max_slot_sequences)
+    seqs, reach = max_slot_sequences, max(tokens, min(largest_graph, 2 * max_slot_sequences + 16))
+    rows: set[Any] = set()
+    # A device's share of a stage: each of its devices does the same, so totals scale by devices / stages.
+    scale = devices_per_worker / pipeline
+    dense = _accumulate(terms, "tokens", model, device, pipeline, reach, rows)
+    logits = _accumulate(terms, "logits", model, device, pipeline, seqs, rows)
+    moe_reach = attention_data * reach
+    moe = _accumulate(terms, "micro_batch", model, device, pipeline, moe_reach, rows)
+    attention_launches = np.zeros(pipeline)
+    for term in terms:
+        if term.size in ("prefill", "decode"):
+            attention_launches += np.array(term.stage_counts) * term.launches / 2.0
+
+    # --- steps with prefill
+    m = np.arange(max_slot_tokens + 1)
+    floor = dense.launches + moe.launches + attention_launches
+    mixed_stages = dense.stages[:, : max_slot_tokens + 1]
+    eager = m > host.mixed_graph_max_tokens
+    moe_at = np.minimum(attention_data * m, moe_reach)
+    waiting = np.maximum(0.0, floor[:, None] * host.launch_s - mixed_stages - moe.stages[:, moe_at]) * eager
+    waiting[:, 0] = 0.0
+    host_mixed = np.where(m > 0, host.mixed_step_s + m * host.mixed_per_token_s, 0.0)
+    mixed_latency, mixed_cycle = _latency_cycle(mixed_stages + waiting)
+    mixed_latency, mixed_cycle = mixed_latency + host_mixed, mixed_cycle + host_mixed
+
+    # --- decode-only steps
+    n = np.arange(seqs + 1)
+    padded, graph = _padding(host.graph_sizes, seqs)
+    padded = np.minimum(padded, reach)
+    head = logits.stages[:, n]
+    decode_stages = dense.stages[:, padded] + head
+    moe_padded = np.minimum(attention_data * padded, moe_reach)
+    stalled = (floor + logits.launches)[:, None] * host.launch_s - decode_stages - moe.stages[:, moe_padded]
+    stalled = np.maximum(0.0, stalled) * (1.0 - graph)
+    stalled[:, 0] = 0.0
+    host_decode = np.where(n > 0, host.decode_step_s + n * host.decode_per_sequence_s, 0.0)
+    decode_latency, decode_cycle = _latency_cycle(decode_stages + stalled)
+    decode_latency, decode_cycle = decode_latency + host_decode, decode_cycle + host_decode
+
+    # --- routed experts, by tokens of a micro-batch over all ranks; padding as in the dense part
+    mixed_moe = moe.stages[:, : attention_data * max_slot_tokens + 1]
+    batch = np.arange(attention_data * seqs + 1)
+    rank_rows = -(-batch // attention_data)
+    moe_decode_at = np.where(graph[rank_rows] > 0, attention_data * padded[rank_rows], batch)
+    moe_decode_at = np.minimum(moe_decode_at, moe_reach)
+    moe_mixed_latency, moe_mixed_cycle = _latency_cycle(mixed_moe)
+    moe_decode_latency, moe_decode_cycle = _latency_cycle(moe.stages[:, moe_decode_at])
+
+    at = {
+        "mixed": (dense, m),
+        "decode": (dense, padded),
+        "moe_mixed": (moe, np.arange(attention_data * max_slot_tokens + 1)),
+        "moe_decode": (moe, moe_decode_at),
+        "logits": (logits, n),
+    }
+
+    def account(field_name: str) -> dict[str, FloatArray]:
+        found = {name: getattr(part, field_name)[index] * scale for name, (part, index) in at.items()}
+        found["decode"] = found["decode"] + getattr(logits, field_name)[n] * scale
+        return found
+
+    breakdown: dict[str, dict[str, FloatArray]] = {}
+    for category in CATEGORIES:
+        per = {name: part.categories[category][index] / pipeline for name, (part, index) in at.items()}
+        per["decode"] = per["decode"] + logits.categories[category][n] / pipeline
+        breakdown[category] = per
+    breakdown["host"] = {
+        "mixed": host_mixed + waiting.max(axis=0),
+        "decode": host_decode + stalled.max(axis=0),
+        **{name: np.zeros_like(breakdown["gemm"][name]) for name in ("moe_mixed", "moe_decode", "logits")},
+    }
+    attention = _attention(
+        terms, device, model, max_slot_tokens, seqs, max_context_tokens, cap_tokens, rows, scale
+    )
+    interval = _interval([dense, logits, moe], attention)
+    provenance = tuple(
+        {"operator": category, "name": name, "device": device.name, "source": source, "kind": kind}
+        for category, name, source, kind in sorted(rows)
+    )
+    return StepTables(
+        pipeline=pipeline,
+        attention_data=attention_data,
+        mixed_latency_s=mixed_latency,
+        mixed_cycle_s=mixed_cycle,
+        decode_latency_s=decode_latency,
+        decode_cycle_s=decode_cycle,
+        moe_mixed_latency_s=moe_mixed_latency,
+        moe_mixed_cycle_s=moe_mixed_cycle,
+        moe_decode_latency_s=moe_decode_latency,
+        moe_decode_cycle_s=moe_decode_cycle,
+        logits_s=_latency_cycle(logits.stages)[0],
+        attention_cycle_factor=attention.cycle_factor,
+        cap_tokens=cap_tokens,
+        decode_seq_knots=attention.seq_knots,
+        decode_ctx_knots=attention.ctx_knots,
+        decode_full_s=attention.decode[0],
+        decode_capped_s=attention.decode[1],
+        prefill_len_knots_log2=np.log2(attention.len_knots),
+        prefill_ctx_knots_log2=np.log2(attention.cached_knots + 1.0),
+        prefill_full_s_per_pair=attention.prefill[0],
+        prefill_capped_s_per_pair=attention.prefill[1],
+        breakdown_s=breakdown,
+        energy_j=account("energy"),
+        decode_attention_w=attention.decode_w * devices_per_worker / pipeline,
+        prefill_attention_w=attention.prefill_w * devices_per_worker / pipeline,
+        flops=account("flops"),
+        bytes_moved=account("bytes_moved"),
+        flops_per_pair=attention.flops_per_pair[0] * scale,
+        flops_per_capped_pair=attention.flops_per_pair[1] * scale,
+        bytes_per_context_token=attention.bytes_per_token[0] * scale,
+        bytes_per_capped_token=attention.bytes_per_token[1] * scale,
+        interval_factor=interval,
+        provenance=provenance,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class _Attention:
+    seq_knots: FloatArray
+    ctx_knots: FloatArray
+    len_knots: FloatArray
+    cached_knots: FloatArray
+    decode: tuple[FloatArray, FloatArray]  # full, capped
+    prefill: tuple[FloatArray, FloatArray]
+    cycle_factor: float
+    decode_w: float
+    prefill_w: float
+    flops_per_pair: tuple[float, float]
+    bytes_per_token: tuple[float, float]
+    low: float
+    high: float
+    weight: float  # seconds of a typical step, to weigh the interval
+
+
+def _attention(
+    terms: Sequence[Term],
+    device: Device,
+    model: CostModel,
+    tokens: int,
+    seqs: int,
+    context: int,
+    cap: int,
+    rows: set[Any],
+    scale: float,
+) -> _Attention:
+    seq_knots, ctx_knots = sequence_knots(seqs), context_knots(context)
+    steps = int(np.ceil(4 * np.log2(max(2, tokens))))
+    len_knots = np.unique(np.minimum(np.round(2.0 ** (np.arange(steps + 1) / 4)), tokens)).astype(np.float64)
+    depth = int(np.ceil(2 * np.log2(context + 1)))
+    reached = np.round(np.minimum(2.0 ** (np.arange(depth + 1) / 2), context + 1.0))
+    cached_knots = (np.unique(reached) - 1.0).astype(np.float64)
+    decode = (np.zeros((len(seq_knots), len(ctx_knots))), np.zeros((len(seq_knots), len(ctx_knots))))
+    prefill = (np.zeros((len(len_knots), len(cached_knots))), np.zeros((len(len_knots), len(cached_knots))))
+    work, stored = [0.0, 0.0], [0.0, 0.0]
+    stage = np.zeros(len(terms[0].stage_counts) if terms else 1)
+    low = high = weight = 0.0
+    power = {"decode": [0.0, 0.0], "prefill": [0.0, 0.0]}
+    for term in terms:
+        if term.size not in ("decode", "prefill"):
+            continue
+        often = float(sum(term.stage_counts))
+        kind = 1 if term.capped and cap > 0 else 0
+        first, second = (seq_knots, ctx_knots) if term.size == "decode" else (len_knots, cached_knots)
+        operator = term.operator(first[:, None], second[None, :])
+        guess = model.predict(operator, device)
+        time = np.broadcast_to(guess.time_s, (len(first), len(second))) * often
+        rows.add((term.category, term.name, guess.source, guess.kind))
+        middle = time[len(first) // 2, len(second) // 2]
+        low += float(np.median(guess.low_s / np.maximum(guess.time_s, 1e-30))) * middle
+        high += float(np.median(guess.high_s / np.maximum(guess.time_s, 1e-30))) * middle
+        weight += middle
+        joules = (np.broadcast_to(guess.power_w, time.shape) - device.idle_w) * time
+        power[term.size][0] += float(joules[1:, 1:].sum())
+        power[term.size][1] += float(time[1:, 1:].sum())
+        if term.size == "decode":
+            table = decode[kind]
+            table += time
+            stage = stage + np.array(term.stage_counts)
+            one, two = bytes_moved(term.operator(1.0, 1.0)), bytes_moved(term.operator(1.0, 2.0))
+            stored[kind] += often * float(two - one)
+            pair = flops(term.operator(1.0, 2.0)) - flops(term.operator(1.0, 1.0))
+            work[kind] += often * float(pair)
+        else:
+            pairs = causal_pairs(first[:, None], second[None, :], cap if kind else 0)
+            table = prefill[kind]
+            table += time / pairs
+    shares = stage / stage.sum() if stage.sum() > 0 else np.full(len(stage), 1.0 / len(stage))
+
+    def watts(size: str) -> float:
+        joules, seconds = power[size]
+        return joules / seconds if seconds > 0 else 0.0
+
+    return _Attention(
+        seq_knots,
+        ctx_knots,
+        len_knots,
+        cached_knots,
+        decode,
+        prefill,
+        float(len(stage) * shares.max()),
+        watts("decode"),
+        watts("prefill"),
+        (work[0], work[1]),
+        (stored[0], stored[1]),
+        low,
+        high,
+        weight,
+    )
+
+
+def _interval(parts: Sequence[_Sum], attention: _Attention) -> tuple[float, float]:
+    """(low, high) factors of a whole step. Operators' errors are taken as fully correlated, which is
+    the cautious end: a sum of independent ones would be narrower."""
+    low, high, weight = attention.low, attention.high, attention.weight
+    for part in parts:
+        middle = part.stages.shape[1] // 2
+        seconds = float(part.stages[:, middle].sum())
+        low += float(part.low[:, middle].sum())
+        high += float(part.high[:, middle].sum())
+        weight += seconds
+    if weight <= 0:
+        return 1.0, 1.0
+    return float(min(1.0, low / weight)), float(max(1.0, high / weight))
+
+
+def lookup_decode_attention(tables: StepTables, sequences: float, context_tokens: float) -> float:
+    """Seconds of decode attention, all layers, for `sequences` of one slot with that mean context.
+
+    The reference for the simulator's lookup: bilinear, extrapolated with the last segment. The capped
+    class reads min(context, cap).
+    """
+    total = _bilinear(
+        tables.decode_seq_knots, tables.decode_ctx_knots, tables.decode_full_s, sequences, context_tokens
+    )
+    if tables.cap_tokens > 0:
+        seen = min(context_tokens, float(tables.cap_tokens))
+        total += _bilinear(
+            tables.decode_seq_knots, tables.decode_ctx_knots, tables.decode_capped_s, sequences, seen
+        )
+    return total
+
+
+def lookup_prefill_attention(tables: StepTables, query_tokens: float, context_tokens: float) -> float:
+    """Seconds of prefill attention, all layers, of `query_tokens` after `context_tokens` cached ones."""
+    x, y = float(np.log2(query_tokens)), float(np.log2(context_tokens + 1.0))
+    a, b = tables.prefill_len_knots_log2, tables.prefill_ctx_knots_log2
+    x, y = min(max(x, float(a[0])), float(a[-1])), min(max(y, float(b[0])), float(b[-1]))
+    pairs = float(causal_pairs(query_tokens, context_tokens))
+    total = pairs * _bilinear(a, b, tables.prefill_full_s_per_pair, x, y)
+    if tables.cap_tokens > 0:
+        pairs = float(causal_pairs(query_tokens, context_tokens, tables.cap_tokens))
+        total += pairs * _bilinear(a, b, tables.prefill_capped_s_per_pair, x, y)
+    return total
+
+
+def _bracket(knots: FloatArray, value: float) -> tuple[int, float]:
+    if len(knots) == 1:
+        return 0, 0.0
+    low = min(max(int(np.searchsorted(knots, value, side="right")) - 1, 0), len(knots) - 2)
+    return low, float((value - knots[low]) / (knots[low + 1] - knots[low]))
+
+
+def _bilinear(rows: FloatArray, cols: FloatArray, table: FloatArray, x: float, y: float) -> float:
+    i, u = _bracket(rows, x)
+    j, v = _bracket(cols, y)
+    i2, j2 = min(i + 1, len(rows) - 1), min(j + 1, len(cols) - 1)
+    low = table[i, j] + v * (table[i, j2] - table[i, j])
+    high = table[i2, j] + v * (table[i2, j2] - table[i2, j])
+    return float(low + u * (high - low))
