@@ -311,8 +311,8 @@ def compile_tables(
         per["decode"] = per["decode"] + logits.categories[category][n] / pipeline
         breakdown[category] = per
     breakdown["host"] = {
-        "mixed": host_mixed + waiting.max(axis=0),
-        "decode": host_decode + stalled.max(axis=0),
+        "mixed": (host_mixed + waiting.max(axis=0)) / pipeline,
+        "decode": (host_decode + stalled.max(axis=0)) / pipeline,
         **{name: np.zeros_like(breakdown["gemm"][name]) for name in ("moe_mixed", "moe_decode", "logits")},
     }
     attention = _attention(
@@ -351,10 +351,10 @@ def compile_tables(
         prefill_attention_w=attention.prefill_w * devices_per_worker / pipeline,
         flops=account("flops"),
         bytes_moved=account("bytes_moved"),
-        flops_per_pair=attention.flops_per_pair[0] * scale,
-        flops_per_capped_pair=attention.flops_per_pair[1] * scale,
-        bytes_per_context_token=attention.bytes_per_token[0] * scale,
-        bytes_per_capped_token=attention.bytes_per_token[1] * scale,
+        flops_per_pair=attention.flops_per_pair[0] * scale / attention_data,
+        flops_per_capped_pair=attention.flops_per_pair[1] * scale / attention_data,
+        bytes_per_context_token=attention.bytes_per_token[0] * scale / attention_data,
+        bytes_per_capped_token=attention.bytes_per_token[1] * scale / attention_data,
         interval_factor=interval,
         provenance=provenance,
     )

@@ -70,15 +70,16 @@ class StepTables:
     prefill_ctx_knots_log2: FloatArray
     prefill_full_s_per_pair: FloatArray  # [len(len knots), len(ctx knots)]
     prefill_capped_s_per_pair: FloatArray
-    # Accounting, applied after the simulation to counts of steps: per array the same index
-    # as the time array it belongs to ("mixed", "decode", "moe_mixed", "moe_decode", "logits").
-    # One device's share of category time: gemm | attention | moe | communication | host.
+    # Accounting, applied after the simulation to counts of micro-batches: per array the same index
+    # as the time array it belongs to ("mixed", "decode", "moe_mixed", "moe_decode", "logits"), for
+    # one micro-batch of that size on each of the A ranks, all the way through the pipeline.
+    # Category time averaged over the stages' devices: gemm | attention | moe | communication | host.
     breakdown_s: Mapping[str, Mapping[str, FloatArray]] = field(default_factory=dict)
-    # Dynamic energy (above idle) of all devices of the worker together, per step.
+    # Dynamic energy (above idle) of all devices that the micro-batch passes.
     energy_j: Mapping[str, FloatArray] = field(default_factory=dict)
-    decode_attention_w: float = 0.0  # power above idle of all devices, while attention runs
+    decode_attention_w: float = 0.0  # power above idle of one stage's devices, while attention runs
     prefill_attention_w: float = 0.0
-    # Work of all devices of the worker together, per step, for MFU and MBU.
+    # Work of all devices that the micro-batch passes, for MFU and MBU.
     flops: Mapping[str, FloatArray] = field(default_factory=dict)
     bytes_moved: Mapping[str, FloatArray] = field(default_factory=dict)
     flops_per_pair: float = 0.0  # attention, all layers: per (query, key) pair, full class

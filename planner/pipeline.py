@@ -31,6 +31,8 @@ from planner.search import Outcome, choose_searcher
 from planner.search.base import ProgressCallback
 from planner.workload import Workload, load_workload
 
+#: Step tables (a few MB each) that a planner keeps from one request to the next.
+MAX_TABLES = 256
 #: Rejections listed in a result; further ones are counted in `search.rejected`.
 MAX_REJECTED = 200
 
@@ -82,6 +84,8 @@ class Planner:
     def load(self, data: Any) -> Question:
         """Validate a request and load what it names. Raises InputError."""
         request = parse_request(data)
+        if len(self._tables) > MAX_TABLES:
+            self._tables.clear()  # whoever still uses one holds it
         engine = load_profile(request.engine.name, request.engine.version)
         if request.model not in self._models:
             self._models[request.model] = load_model(

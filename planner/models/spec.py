@@ -103,4 +103,5 @@ class ModelSpec:
 
     @property
     def num_layers(self) -> int:
+        """Layers of the whole model."""
         return len(self.layer_order)

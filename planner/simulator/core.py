@@ -710,16 +710,16 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                     lag = max(0.0, latency - step)
                 else:
                     step = latency
-            # Work, in steps of P micro-batches.
+            # Work, by micro-batch.
             if whole > 0:
-                w_mixed[n_slot + room] += whole / stages
+                w_mixed[n_slot + room] += whole
             if rest > 0:
-                w_mixed[n_slot + rest] += 1.0 / stages
-            w_moe_mixed[moe] += filled / stages
-            w_logits[row] += filled / stages
+                w_mixed[n_slot + rest] += 1.0
+            w_moe_mixed[moe] += filled
+            w_logits[row] += filled
             if n > 0 and flight > filled:
-                w_decode[n_slot] += (flight - filled) / stages
-                w_moe_decode[mb] += (flight - filled) / stages
+                w_decode[n_slot] += flight - filled
+                w_moe_decode[mb] += flight - filled
             s[TOK_MIXED] += n + p
             s[TOK_PREFILL] += p
             s[STEPS] += 1
@@ -779,8 +779,8 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                     if need > 0:
                         _take(s, nodes, need)
             total = k * step + slope * (0.5 * k * (k - 1.0))
-            w_decode[n_slot] += busy * k
-            w_moe_decode[mb] += busy * k
+            w_decode[n_slot] += flight * k
+            w_moe_decode[mb] += flight * k
             s[TOK_DECODE] += n * k
             s[STEPS] += k
 

@@ -26,11 +26,10 @@ _TABLES = ("mixed", "decode", "moe_mixed", "moe_decode", "logits")
 class Work:
     """Sums over all replicas.
 
-    `steps[table]` how many steps of P micro-batches had each size (a partly filled pipeline
-    counts in part); attention seconds are per device; tokens, pairs and contexts as computed.
+    `batches[table]` how many micro-batches had each size; attention seconds are per device; tokens, pairs and contexts as computed.
     """
 
-    steps: Mapping[str, FloatArray]
+    batches: Mapping[str, FloatArray]
     attention_decode_s: float
     attention_prefill_s: float
     mixed_tokens: int  # prefill and decode tokens of steps with prefill
@@ -97,7 +96,7 @@ class SimulationResult:
         work = self.work
         spent = dict.fromkeys(CATEGORIES, 0.0)
         for category, rows in self.tables.breakdown_s.items():
-            spent[category] += sum(float(work.steps[name] @ values) for name, values in rows.items())
+            spent[category] += sum(float(work.batches[name] @ values) for name, values in rows.items())
         spent["attention"] += work.attention_decode_s + work.attention_prefill_s
         spent = {name: seconds / self.replicas for name, seconds in spent.items()}
         spent["idle"] = self.makespan_s - sum(spent.values())
@@ -107,26 +106,28 @@ class SimulationResult:
     def energy_j(self) -> float:
         """Integral of power over the makespan: idle of all devices, and the work above it."""
         work, tables = self.work, self.tables
-        dynamic = sum(float(work.steps[name] @ values) for name, values in tables.energy_j.items())
-        dynamic += tables.decode_attention_w * work.attention_decode_s
-        dynamic += tables.prefill_attention_w * work.attention_prefill_s
+        dynamic = sum(float(work.batches[name] @ values) for name, values in tables.energy_j.items())
+        # Attention draws its power in one stage at a time; its seconds are averaged over stages.
+        joules = work.attention_decode_s * tables.decode_attention_w
+        joules += work.attention_prefill_s * tables.prefill_attention_w
+        dynamic += joules * tables.pipeline
         return dynamic + self.idle_w_per_device * self.devices * self.makespan_s
 
     @cached_property
     def flops(self) -> float:
         """Operations the requests needed (padding and duplicated work not counted)."""
         work, tables = self.work, self.tables
-        stages, slots = tables.pipeline, tables.pipeline * tables.attention_data
+        ranks = tables.attention_data
 
-        def each(name: str, per_step: int) -> float:
+        def each(name: str, slots: int) -> float:
             values = tables.flops.get(name)
             if values is None or len(values) < 2:
                 return 0.0
-            return float(values[-1]) / ((len(values) - 1) * per_step)
+            return float(values[-1]) / ((len(values) - 1) * slots)
 
-        total = work.mixed_tokens * (each("mixed", slots) + each("moe_mixed", stages))
-        total += work.decode_tokens * (each("decode", slots) + each("moe_decode", stages))
-        total += work.logits_rows * each("logits", slots)
+        # Tables of steps with prefill have no padding, so they give the work of a token.
+        total = (work.mixed_tokens + work.decode_tokens) * (each("mixed", ranks) + each("moe_mixed", 1))
+        total += (work.logits_rows + work.decode_tokens) * each("logits", ranks)
         total += (work.prefill_pairs + work.context_tokens) * tables.flops_per_pair
         total += (work.prefill_capped_pairs + work.capped_tokens) * tables.flops_per_capped_pair
         return total
@@ -135,7 +136,7 @@ class SimulationResult:
     def bytes_moved(self) -> float:
         """Device memory traffic of all devices: weights per micro-batch, KV per decode token."""
         work, tables = self.work, self.tables
-        total = sum(float(work.steps[name] @ values) for name, values in tables.bytes_moved.items())
+        total = sum(float(work.batches[name] @ values) for name, values in tables.bytes_moved.items())
         total += work.context_tokens * tables.bytes_per_context_token
         return total + work.capped_tokens * tables.bytes_per_capped_token
 
@@ -259,7 +260,7 @@ def collect(
     if integer(core.DONE) != len(workload):
         raise RuntimeError(f"simulation ended with {integer(core.DONE)} of {len(workload)} requests done")
     work = Work(
-        steps={name: histogram(f"w_{name}") for name in _TABLES},
+        batches={name: histogram(f"w_{name}") for name in _TABLES},
         attention_decode_s=number(core.ATT_DECODE),
         attention_prefill_s=number(core.ATT_PREFILL),
         mixed_tokens=integer(core.TOK_MIXED),

@@ -156,16 +156,16 @@ def _arrivals(
     rate = _number(row, "rate_rps", path) / mean_turns
     if process == "burst":
         size = int(_number(row, "size", path, BURST_SIZE))
-        return np.arange(n) // size * (size / rate), 0
+        return (np.arange(n) // size * (size / rate)).astype(np.float64), 0
     if process == "constant":
-        gaps = np.ones(n)
+        gaps: FloatArray = np.ones(n)
     elif process == "poisson":
         gaps = rng.standard_exponential(n)
     else:
         shape = 1.0 / _number(row, "cv", path) ** 2
         gaps = rng.standard_gamma(shape, n) / shape
     gaps[0] = 0.0
-    times: FloatArray = np.cumsum(gaps) / rate
+    times: FloatArray = np.cumsum(gaps, dtype=np.float64) / rate
     return times, 0
 
 
@@ -178,7 +178,7 @@ def _lengths(row: Any, rng: np.random.Generator, n: int, path: str) -> IntArray:
         low, high = int(_number(row, "low", path)), int(_number(row, "high", path))
         if low > high:
             raise InputError(f"{path}.low", f"must be at most high ({high}), not {low}")
-        return rng.integers(low, high + 1, n)
+        return np.asarray(rng.integers(low, high + 1, n), np.int64)
     if kind == "empirical":
         values = row.get("values")
         if not isinstance(values, (list, tuple)) or not values:
@@ -186,7 +186,8 @@ def _lengths(row: Any, rng: np.random.Generator, n: int, path: str) -> IntArray:
         array = np.array(values)
         if array.dtype.kind != "i" or array.min() < 1:
             raise InputError(f"{path}.values", "must be whole numbers of at least 1")
-        return np.asarray(array[rng.integers(0, len(array), n)], np.int64)
+        picked: IntArray = array[rng.integers(0, len(array), n)].astype(np.int64)
+        return picked
     if kind == "lognormal":
         mean = _number(row, "mean", path)
         cv = _number(row, "cv", path, 1.0, least=0.0)

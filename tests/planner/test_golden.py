@@ -86,7 +86,10 @@ def differences(kept: Any, found: Any, path: str = "") -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(REQUESTS))
 def test_the_answer_is_the_reviewed_one(planner: Planner, name: str) -> None:
-    kept = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        pytest.skip("no reviewed answer yet: python -m tests.planner.test_golden writes it")
+    kept = json.loads(path.read_text(encoding="utf-8"))
     found = json.loads(json.dumps(summary(planner, REQUESTS[name])))
     assert differences(kept, found) == []
 

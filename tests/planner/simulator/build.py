@@ -56,8 +56,8 @@ def tables(
     per_pair = scale * rng.uniform(0.5, 1.5, (len(q), len(p)))
     half = {"gemm": 0.5, "host": 0.25, "communication": 0.25}
     names = {"mixed": mixed_c, "decode": decode_c, "logits": logits}
-    breakdown = {name: {k: v * share for k, v in names.items()} for name, share in half.items()}
-    breakdown["moe"] = {"moe_mixed": moe_mixed_c, "moe_decode": moe_decode_c}
+    breakdown = {name: {k: v * share / pipeline for k, v in names.items()} for name, share in half.items()}
+    breakdown["moe"] = {"moe_mixed": moe_mixed_c / pipeline, "moe_decode": moe_decode_c / pipeline}
     work = {
         "mixed": mixed_c,
         "decode": decode_c,
