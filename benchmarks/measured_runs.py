@@ -173,8 +173,8 @@ def main() -> None:
     if given.backend:
         runs = runs[runs.backend == given.backend]
     if given.sample:
-        groups = runs.groupby(["model_path", "system", "backend"], group_keys=False)
-        runs = groups.apply(lambda part: part.sample(min(len(part), given.sample), random_state=0))
+        order = runs.sample(frac=1.0, random_state=0)
+        runs = order[order.groupby(["model_path", "system", "backend"]).cumcount() < given.sample]
     table = compare(runs, Planner())
     print(report(table, ["model_path", "system", "backend"]))
     if "problem" in table:

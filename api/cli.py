@@ -1,0 +1,293 @@
+"""The `planfront` command. Nothing heavy is imported before a command needs it: help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
+COMMANDS = ("plan", "evaluate", "catalog", "schema")
+CATALOGS = ("devices", "models", "engines", "workloads")
+METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One sentence and exit code 2; an unknown command suggests the nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice" in message and "'" in message:
+            import difflib
+
+            given = message.split("'")[1]
+            close = difflib.get_close_matches(given, (*COMMANDS, *CATALOGS, *METHODS), n=1, cutoff=0.4)
+            if close:
+                message = f"unknown '{given}'; did you mean '{close[0]}'?"
+        self.exit(BAD_INPUT, f"planfront: error: {message}\nTry '{self.prog} --help'.\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: Any, *args: Any, **kwargs: Any) -> None:
+        from importlib import metadata
+
+        try:
+            found = metadata.version("planfront")
+        except metadata.PackageNotFoundError:
+            found = "0+unknown"
+        print(f"planfront {found}")
+        parser.exit(DONE)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = _Parser(
+        prog="planfront",
+        description="Finds the Pareto-best ways to serve a large language model on given machines "
+        "for given traffic.",
+        epilog="example: planfront plan examples/quickstart.yaml",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    plan = commands.add_parser(
+        "plan",
+        help="search for the best plans",
+        description="Search all plans of a request and print the Pareto front. Exit code 0, or 3 when no "
+        "plan meets the SLO (the nearest are shown with what they miss).",
+        epilog="example: planfront plan examples/quickstart.yaml --json result.json",
+    )
+    plan.add_argument("request", metavar="REQUEST", help="YAML or JSON file, or - for standard input")
+    plan.add_argument("--json", metavar="OUT", help="write the whole result as JSON; - for standard output")
+    plan.add_argument("--html", metavar="OUT", help="write the result as one self-contained web page")
+    plan.add_argument("--method", choices=METHODS, help="search method (default: the request's)")
+    plan.add_argument("--budget", metavar="S", type=float, help="seconds to search (default: the request's)")
+    plan.add_argument("--workers", metavar="N", type=int, help="threads that simulate (default: all cores)")
+    plan.add_argument("--quiet", action="store_true", help="no progress")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="judge plans of known shape",
+        description="FILE is one request with a `plan:` key (YAML or JSON), or .jsonl with one request a "
+        "line (optional `id`): one JSON line answers each, in order; a bad line answers with its error "
+        "and the rest goes on.",
+        epilog="example: planfront evaluate examples/evaluate.jsonl --json answers.jsonl",
+    )
+    evaluate.add_argument("file", metavar="FILE")
+    evaluate.add_argument("--json", metavar="OUT", help="write answers there; - for standard output")
+    evaluate.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
+
+    catalog = commands.add_parser(
+        "catalog",
+        help="list what is known, with sources",
+        description="List devices, models, engine profiles or traffic presets, with their sources.",
+        epilog="example: planfront catalog devices --json",
+    )
+    catalog.add_argument("what", choices=CATALOGS, metavar="{devices,models,engines,workloads}")
+    catalog.add_argument("--json", action="store_true", help="print as a JSON list")
+
+    schema = commands.add_parser(
+        "schema",
+        help="print a JSON schema",
+        description="Print the JSON schema of a request, a plan or a result.",
+        epilog="example: planfront schema request > request.schema.json",
+    )
+    schema.add_argument("what", choices=("request", "plan", "result"))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 1 our fault, 2 bad input, 3 no plan."""
+    try:
+        given = build_parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    from hardware.errors import InputError
+
+    run = {"plan": _plan, "evaluate": _evaluate, "catalog": _catalog, "schema": _schema}[given.command]
+    try:
+        code = run(given)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        for path, message in _problems(error):
+            print(
+                f"planfront: error: {path}: {message}" if path else f"planfront: error: {message}",
+                file=sys.stderr,
+            )
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("planfront: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (as in `| head`): not an error; keep Python's exit from complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:  # a fault of ours: one sentence, the rest on request
+        if os.environ.get("PLANFRONT_DEBUG"):
+            raise
+        kind = type(error).__name__
+        print(
+            f"planfront: internal error: {kind}: {str(error)[:300]} (PLANFRONT_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
+        return FAULT
+
+
+def _problems(error: Exception) -> list[tuple[str, str]]:
+    several = getattr(error, "problems", None)
+    if several:
+        return list(several)
+    from api.evaluate import problem
+    from hardware.errors import InputError
+
+    assert isinstance(error, InputError)
+    found = problem(error)
+    return [(found["path"], found["message"])]
+
+
+def _workers(given: int | None) -> int:
+    from hardware.errors import InputError
+
+    if given is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not 1 <= given <= 1024:
+        raise InputError("--workers", f"must be from 1 to 1024, not {given}")
+    return given
+
+
+def _write(target: str, text: str) -> None:
+    """To a file by way of a temporary one beside it, so that a kill leaves no half result."""
+    from hardware.errors import InputError
+
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(target)
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(target, f"cannot be written: {error.strerror}") from error
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from api.files import read_document
+    from hardware.errors import InputError
+
+    data, base = read_document(given.request)
+    if isinstance(data, dict) and (given.method or given.budget is not None):
+        search = dict(data.get("search") or {})
+        if given.method:
+            search["method"] = given.method
+        if given.budget is not None:
+            search["budget_s"] = given.budget
+        data = {**data, "search": search}
+    if given.json == "-" and given.html == "-":
+        raise InputError("--html", "only one of --json and --html can go to standard output")
+    workers = _workers(given.workers)
+    from api.terminal import ProgressLine, show_result
+    from planner.pipeline import Planner
+
+    with ProgressLine(enabled=not given.quiet) as progress:
+        result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
+    plain = result.model_dump(mode="json")
+    if given.json:
+        import json
+
+        _write(given.json, json.dumps(plain, indent=1, allow_nan=False) + "\n")
+    if given.html:
+        from web.report import render_report
+
+        _write(given.html, render_report(plain))
+    if "-" not in (given.json, given.html):
+        show_result(plain)
+    return DONE if plain["status"] == "ok" else NO_PLAN
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from api.evaluate import answer_file, encode
+    from api.files import open_file, read_document
+
+    path = Path(given.file)
+    if path.suffix.lower() == ".jsonl":
+        open_file(path).close()
+        target = None
+        if given.json and given.json != "-":
+            target = Path(given.json).open("w", encoding="utf-8")  # noqa: SIM115 -- closed below
+        try:
+            for line in answer_file(path, _workers(given.workers)):
+                print(line, file=target or sys.stdout, flush=target is None)
+        finally:
+            if target is not None:
+                target.close()
+        return DONE
+    data, base = read_document(given.file)
+    from hardware.errors import InputError
+    from planner.pipeline import Planner
+
+    answer = {
+        "id": data.get("id") if isinstance(data, dict) else None,
+        **Planner(base_dir=base).evaluate(data),
+    }
+    if answer["status"] != "ok":
+        first = answer["rejected"][0]
+        if first.get("field"):
+            raise InputError(first["field"], first["reason"])
+    if given.json:
+        _write(given.json, encode(answer) + "\n")
+    if given.json != "-":
+        from api.terminal import show_evaluation
+
+        show_evaluation(answer)
+    return DONE if answer["status"] == "ok" else NO_PLAN
+
+
+def _catalog(given: argparse.Namespace) -> int:
+    rows: list[dict[str, Any]]
+    if given.what == "devices":
+        from hardware import catalog_rows
+
+        rows = catalog_rows()
+    elif given.what == "models":
+        from planner.models import model_rows
+
+        rows = model_rows()
+    elif given.what == "engines":
+        from planner.engines import engine_rows
+
+        rows = engine_rows()
+    else:
+        from planner.workload import workload_rows
+
+        rows = workload_rows()
+    if given.json:
+        import json
+
+        print(json.dumps(rows, indent=1, allow_nan=False))
+        return DONE
+    from api.terminal import show_catalog
+
+    show_catalog(given.what, rows)
+    return DONE
+
+
+def _schema(given: argparse.Namespace) -> int:
+    import json
+
+    from planner.request import Plan, PlanningRequest
+    from planner.result import PlanningResult
+
+    models: dict[str, Any] = {"request": PlanningRequest, "plan": Plan, "result": PlanningResult}
+    print(json.dumps(models[given.what].model_json_schema(), indent=1))
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

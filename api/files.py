@@ -1,0 +1,150 @@
+"""Reading request files: YAML or JSON, safely and with bounds.
+
+YAML is read with a safe loader that refuses duplicate keys and many aliases (a few lines of nested
+aliases expand to gigabytes); JSON refuses duplicate keys and the constants that are no numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from hardware.errors import InputError
+
+MAX_FILE_BYTES = 64 << 20
+MAX_LINE_BYTES = 16 << 20
+MAX_ALIASES = 100
+
+
+def read_document(name: str) -> tuple[Any, Path]:
+    """(plain data, folder that relative paths start at) of a YAML or JSON file; `-` is standard input.
+
+    Raises InputError naming the file for what cannot be read.
+    """
+    if name == "-":
+        data = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        return parse_document(_bounded(data, "standard input"), "standard input"), Path.cwd()
+    path = Path(name)
+    with open_file(path) as file:
+        data = _bounded(file.read(MAX_FILE_BYTES + 1), name)
+    return parse_document(data, name, json_only=path.suffix.lower() == ".json"), path.resolve().parent
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open for reading; a folder, a missing or a forbidden file is an InputError."""
+    try:
+        if path.is_dir():
+            raise InputError(str(path), "is a folder, not a file")
+        return path.open("rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(str(path), f"cannot be read: {reason}") from error
+
+
+def _bounded(data: bytes, name: str) -> bytes:
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(name, f"is larger than {MAX_FILE_BYTES >> 20} MB")
+    return data
+
+
+def parse_document(data: bytes, name: str, *, json_only: bool = False) -> Any:
+    """Plain data of a YAML or JSON text."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(name, f"is not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise InputError(name, "is empty")
+    if json_only or text.lstrip()[:1] in ("{", "["):
+        try:
+            return parse_json(text)
+        except ValueError as error:
+            if json_only or not isinstance(error, json.JSONDecodeError):
+                raise InputError(name, f"is not readable JSON: {error}"[:300]) from error
+    return _parse_yaml(text, name)
+
+
+def parse_json(text: str) -> Any:
+    """JSON without duplicate keys, NaN or infinities; ValueError otherwise."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in items:
+            if key in found:
+                raise ValueError(f"the key '{key[:80]}' stands twice")
+            found[key] = value
+        return found
+
+    def constant(word: str) -> Any:
+        raise ValueError(f"{word} is not a number that JSON knows")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    import yaml
+
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(base):  # type: ignore[misc]
+        aliases = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                self.aliases += 1
+                if self.aliases > MAX_ALIASES:
+                    raise InputError(name, f"uses more than {MAX_ALIASES} YAML aliases")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = key_node.value if isinstance(key_node.value, str) else None
+                if key is not None and key in seen:
+                    line = key_node.start_mark.line + 1
+                    raise InputError(name, f"line {line}: the key '{key[:80]}' stands twice")
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    try:
+        loader = Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(name, f"is not readable YAML: {where}{problem}"[:300]) from error
+    except (RecursionError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(name, f"is not readable YAML: {reason}"[:300]) from error
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """(number, text) of each line that is not blank; None for one above the bound, which is skipped
+    without being held in memory."""
+    with open_file(path) as file:
+        number = 0
+        while True:
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            number += 1
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE_BYTES)
+                yield number, None
+            elif line.strip():
+                yield number, line

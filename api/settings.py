@@ -1,0 +1,60 @@
+"""How the service is set up: limits with safe defaults, each overridden by one environment variable."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from hardware import InputError
+
+PREFIX = "PLANFRONT_"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits of one process. `PLANFRONT_MAX_BODY_BYTES` sets `max_body_bytes`, and so on.
+
+    A planning request from the network may ask for any amount of work, so every amount has a cap:
+    bytes of a body, seconds of a search, requests of a workload, devices of a cluster, searches at
+    once. What waits beyond `search_waiting` (or `quick_waiting`) is told to come back later.
+    """
+
+    max_body_bytes: int = 1_048_576
+    max_budget_s: float = 60.0
+    max_workload_requests: int = 100_000
+    max_devices: int = 8_192
+    search_threads: int = 1
+    search_waiting: int = 4
+    quick_threads: int = 1
+    quick_waiting: int = 32
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name.endswith("_waiting") else 1
+            if field.name == "max_budget_s":
+                if not (math.isfinite(value) and value > 0):
+                    raise InputError(field.name, f"must be more than 0 seconds, not {value!r}")
+            elif value < least:
+                raise InputError(field.name, f"must be at least {least}, not {value!r}")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Settings from the environment. Raises InputError that names the variable."""
+        environ = os.environ if environ is None else environ
+        given: dict[str, int | float] = {}
+        for field in fields(cls):
+            variable = PREFIX + field.name.upper()
+            text = environ.get(variable, "").strip()
+            if not text:
+                continue
+            try:
+                given[field.name] = float(text) if field.name == "max_budget_s" else int(text)
+            except ValueError:
+                raise InputError(variable, f"must be a number, not {text[:60]!r}") from None
+        try:
+            return cls(**given)  # type: ignore[arg-type]
+        except InputError as error:
+            raise InputError(PREFIX + error.path.upper(), error.message) from None
