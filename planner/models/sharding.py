@@ -79,16 +79,16 @@ def check_degrees(spec: ModelSpec, degrees: Degrees) -> str | None:
             return f"{name} must be at least 1, not {getattr(d, name)}"
     if d.pipeline > spec.num_layers:
         return f"pipeline {d.pipeline} exceeds the {spec.num_layers} layers of {spec.name}"
-    for group in spec.layers:
-        reason = _check_attention(group.attention, d.tensor) or _check_ffn(group, d)
-        if reason:
-            return reason
     if d.expert > 1 and not has_experts(spec):
         return f"expert {d.expert} needs routed experts; {spec.name} has none"
     if d.stage_devices % d.expert:
         return f"expert {d.expert} does not divide tensor x attention_data = {d.stage_devices}"
     if d.attention_data > 1 and not has_experts(spec):
         return f"attention_data {d.attention_data} needs routed experts; use replicas for {spec.name}"
+    for group in spec.layers:
+        reason = _check_attention(group.attention, d.tensor) or _check_ffn(group, d)
+        if reason:
+            return reason
     return None
 
 

@@ -26,7 +26,8 @@ _TABLES = ("mixed", "decode", "moe_mixed", "moe_decode", "logits")
 class Work:
     """Sums over all replicas.
 
-    `batches[table]` how many micro-batches had each size; attention seconds are per device; tokens, pairs and contexts as computed.
+    `batches[table]` how many micro-batches had each size; attention seconds are per device; tokens,
+    pairs and contexts as computed.
     """
 
     batches: Mapping[str, FloatArray]

@@ -16,6 +16,7 @@ named by its line. gzip is read too.
 from __future__ import annotations
 
 import difflib
+import gc
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ BLOCK_BYTES = 8 << 20
 MAX_LINE_BYTES = 16 << 20
 MAX_TOKENS = 10_000_000
 MAX_ROWS = 20_000_000
-MOONCAKE_BLOCK_TOKENS = 512
+DEFAULT_BLOCK_TOKENS = 512  # Mooncake's
 FORMATS = ("planfront", "apex", "azure", "burstgpt", "mooncake")
 
 FloatArray = npt.NDArray[np.float64]
@@ -117,7 +118,14 @@ def read_trace(
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             stream: IO[bytes] = gzip.open(raw) if zipped else raw  # type: ignore[assignment]  # noqa: SIM115
-            return _read(stream, file, format, rate_scale, limit, on_bad_row, field, where)
+            # Millions of small lists come and go: the cycle collector would walk them all, again and again.
+            collecting = gc.isenabled()
+            gc.disable()
+            try:
+                return _read(stream, file, format, rate_scale, limit, on_bad_row, field, where)
+            finally:
+                if collecting:
+                    gc.enable()
     except InputError:
         raise
     except (OSError, EOFError, ValueError) as error:
@@ -190,6 +198,8 @@ def _blocks(stream: IO[bytes], where: str) -> Iterator[tuple[int, list[str]]]:
                 raise InputError(where, f"line {line} is longer than {MAX_LINE_BYTES >> 20} MB")
             continue
         text = (rest + data[: cut + 1]).decode("utf-8", errors="replace")
+        if line == 1:
+            text = text.removeprefix("\ufeff")
         rest = data[cut + 1 :]
         lines = text.split("\n")[:-1]
         yield line, lines
@@ -237,11 +247,10 @@ def _json_rows(lines: Sequence[str], first_line: int, format: str) -> _Rows:
         # A line with two values would shift the rest, hence the count.
         rows = json.loads("[" + ",".join(text for _, text in kept) + "]")
         whole = len(rows) == len(kept) and all(type(row) is dict for row in rows)
-        columns = [np.array([row[key] for row in rows], dtype=np.float64) for key in (time, inputs, outputs)]
-        if not whole or any(column.ndim != 1 for column in columns):
+        raw = [[row[key] for row in rows] for key in (time, inputs, outputs)]
+        if not whole or any(not set(map(type, column)) <= {int, float} for column in raw):
             raise ValueError
-        if any(type(row[key]) is bool for row in rows[:1] for key in (time, inputs, outputs)):
-            raise ValueError
+        columns = [np.array(column, dtype=np.float64) for column in raw]
         numbers = [i for i, _ in kept]
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         rows, numbers, values = [], [], []
@@ -264,14 +273,16 @@ def _json_rows(lines: Sequence[str], first_line: int, format: str) -> _Rows:
     block_tokens = 0
     if format == "mooncake":
         hashes = [row.get("hash_ids") or () for row in rows]
-        block_tokens = MOONCAKE_BLOCK_TOKENS
     elif format == "planfront":
         if any("session_id" in row for row in rows):
             session = [row.get("session_id") for row in rows]
         if any("prefix_hashes" in row for row in rows):
             hashes = [row.get("prefix_hashes") or () for row in rows]
-            given = rows[0].get("block_tokens", MOONCAKE_BLOCK_TOKENS)
-            block_tokens = given if isinstance(given, int) and 0 < given <= 65_536 else MOONCAKE_BLOCK_TOKENS
+            given = next((row["block_tokens"] for row in rows if "block_tokens" in row), 0)
+            if given and (type(given) is not int or not 0 < given <= 65_536):
+                bad.append((numbers[0], "block_tokens must be a whole number up to 65536"))
+            else:
+                block_tokens = given
     if hashes is not None:
         for at in [at for at, item in enumerate(hashes) if type(item) not in (list, tuple)]:
             bad.append((numbers[at], "prefix hashes must be a list of numbers or texts"))
@@ -291,6 +302,8 @@ def _csv_rows(lines: Sequence[str], first_line: int, columns: Mapping[str, int],
     bad: list[tuple[int, str]] = []
     texts = [text for _, text in kept]
     try:
+        if not texts:
+            raise ValueError  # numpy warns about nothing to read
         if format == "azure":
             stamps = np.loadtxt(texts, delimiter=",", usecols=use[0], dtype="U40", comments=None, ndmin=1)
             tokens = np.loadtxt(texts, delimiter=",", usecols=use[1:], comments=None, ndmin=2)
@@ -396,9 +409,10 @@ def _workload(parts: Sequence[_Rows], rate_scale: float, limit: int | None, file
 
 def _prefixes(parts: Sequence[_Rows], inputs: IntArray, n: int) -> tuple[IntArray, IntArray, int, int]:
     """(offset, dense ids, distinct ids, tokens per block); a last, partly filled block is left out."""
-    block_tokens = max((part.block_tokens for part in parts), default=0)
+    stated = next((part.block_tokens for part in parts if part.block_tokens), 0)
+    block_tokens = stated or DEFAULT_BLOCK_TOKENS
     empty = np.zeros(n + 1, np.int64), np.zeros(0, np.int64), 0, 0
-    if not block_tokens or not any(part.hashes for part in parts):
+    if not any(part.hashes for part in parts):
         return empty
     lists = list(chain.from_iterable(part.hashes or [()] * len(part.line) for part in parts))[:n]
     full = np.minimum(inputs // block_tokens, np.fromiter(map(len, lists), np.int64, n))

@@ -1,0 +1,503 @@
+"""A result as a page shows it: labels, rows and charts made of the result's own numbers.
+
+Nothing about plans is computed again here; what is not in the result is not shown.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from planner.objectives import OBJECTIVES
+from web import charts
+from web.format import MISSING, count, interval, number, percent, quantity
+
+#: Plans shown with all their details below the front's table; the rest stands in the table only.
+MAX_DETAILS = 24
+#: Plans listed of an infeasible answer.
+MAX_NEAREST = 10
+
+STATISTICS = ("mean", "p50", "p90", "p95", "p99")
+LATENCIES = {
+    "ttft_s": "Time to first token",
+    "tpot_s": "Time per output token",
+    "itl_s": "Inter-token latency",
+    "e2e_s": "End-to-end latency",
+}
+_MEMORY = {
+    "weights": "Weights",
+    "kv_cache": "KV cache",
+    "activations": "Activations",
+    "runtime": "Runtime",
+    "free": "Free",
+}
+_TIME = {
+    "gemm": "Matrix products",
+    "attention": "Attention",
+    "moe": "Experts",
+    "communication": "Communication",
+    "host": "Host",
+    "idle": "Idle",
+}
+_SHORT = {"latency": "E2E latency", "ttft": "TTFT p95", "tpot": "TPOT p95", "throughput": "Throughput",
+          "energy": "Energy", "memory": "Memory", "cost": "Cost"}  # fmt: skip
+_AXES = {"latency": "Mean end-to-end latency", "ttft": "TTFT p95", "tpot": "TPOT p95",
+         "throughput": "Output throughput", "energy": "Energy per output token",
+         "memory": "Peak device memory, all devices", "cost": "Cost per million output tokens"}  # fmt: skip
+
+
+# --- plans in words ----------------------------------------------------------------------------
+
+
+def plan_label(plan: Mapping[str, Any]) -> str:
+    """A plan's short name: `2 × TP4, fp8` or `1 × TP4 prefill + 2 × TP2 decode`."""
+    if plan.get("serving") == "disaggregated":
+        parts = [
+            f"{_worker_label(plan[role].get('worker', {}), plan[role].get('replicas', 1))} {role}"
+            for role in ("prefill", "decode")
+            if isinstance(plan.get(role), Mapping)
+        ]
+        return " + ".join(parts)
+    return _worker_label(plan.get("worker") or {}, plan.get("replicas", 1))
+
+
+def _worker_label(worker: Mapping[str, Any], replicas: int) -> str:
+    degrees = worker.get("parallelism") or {}
+    names = {"tensor": "TP", "pipeline": "PP", "attention_data": "ADP", "expert": "EP", "context": "CP"}
+    shape = " ".join(
+        f"{short}{degrees[name]}"
+        for name, short in names.items()
+        if name in degrees and (degrees[name] > 1 or name == "tensor")
+    )
+    formats = worker.get("quantization") or {}
+    text = f"{replicas} × {shape or 'TP1'}"
+    if formats.get("weights"):
+        text += f", {formats['weights']}"
+    if formats.get("kv_cache") and formats["kv_cache"] != "bf16":
+        text += f", {formats['kv_cache']} KV"
+    return text
+
+
+def plan_settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of everything a plan states, in reading order, dotted as in its file."""
+    rows: list[tuple[str, str]] = []
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}" if path else str(key))
+        elif value is not None:
+            rows.append((path, ("yes" if value else "no") if isinstance(value, bool) else str(value)))
+
+    walk(plan, "")
+    return [(name.removeprefix("worker."), text) for name, text in rows]
+
+
+# --- one plan --------------------------------------------------------------------------------
+
+
+def objective_cells(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
+    """A plan's objective values as text."""
+    return [quantity(_objective(name, metrics), OBJECTIVES[name].unit) for name in names]
+
+
+def _objective(name: str, metrics: Mapping[str, Any]) -> float:
+    info = OBJECTIVES[name]
+    value = metrics.get(info.metric)
+    if info.statistic:
+        value = (value or {}).get(info.statistic)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def misses_words(entry: Mapping[str, Any]) -> list[str]:
+    """What a plan misses, in words."""
+    return [
+        f"{LATENCIES.get(miss['metric'], miss['metric'])} {miss['statistic']} is "
+        f"{quantity(miss['value_s'], 's')}, the target is {quantity(miss['bound_s'], 's')}"
+        for miss in entry.get("slo_misses", ())
+    ]
+
+
+def _latency(entry: Mapping[str, Any], slo: Mapping[str, Any], ident: str) -> list[dict[str, Any]]:
+    rows = []
+    for metric, words in LATENCIES.items():
+        values = entry["metrics"].get(metric) or {}
+        bounds = (entry.get("interval") or {}).get(metric) or {}
+        targets = slo.get(metric) or {}
+        lines = [
+            {
+                "label": name,
+                "value": values.get(name),
+                "low": (bounds.get(name) or (None, None))[0],
+                "high": (bounds.get(name) or (None, None))[1],
+                "limit": targets.get(name),
+            }
+            for name in STATISTICS
+        ]
+        told = [f"{line['label']} {quantity(line['value'], 's')}" for line in lines]
+        rows.append(
+            {
+                "name": words,
+                "cells": [
+                    {
+                        "statistic": line["label"],
+                        "value": quantity(line["value"], "s"),
+                        "interval": interval((line["low"], line["high"]), "s") if line["low"] is not None else "",
+                        "target": quantity(line["limit"], "s") if line["limit"] is not None else "",
+                        "met": line["limit"] is None or (line["value"] or 0.0) <= line["limit"],
+                    }
+                    for line in lines
+                ],
+                "chart": Markup(
+                    charts.ranges(
+                        lines,
+                        unit="s",
+                        title=words,
+                        description="; ".join(told) + ". Bars are 90 % intervals.",
+                        ident=f"{ident}-{metric}",
+                    )
+                ),
+            }
+        )
+    return rows
+
+
+def _parts(values: Mapping[str, float], names: Mapping[str, str], unit: str) -> tuple[list[dict[str, Any]], float]:
+    total = sum(max(0.0, float(values.get(key, 0.0))) for key in names)
+    return [
+        {
+            "label": label,
+            "value": max(0.0, float(values.get(key, 0.0))),
+            "text": quantity(max(0.0, float(values.get(key, 0.0))), unit),
+            "share": percent(max(0.0, float(values.get(key, 0.0))) / total) if total > 0 else MISSING,
+            "css": "seg-free" if key in ("free", "idle") else f"seg-{index}",
+        }
+        for index, (key, label) in enumerate(names.items())
+    ], total
+
+
+def _bar(
+    values: Mapping[str, float], names: Mapping[str, str], unit: str, title: str, ident: str
+) -> dict[str, Any]:
+    parts, total = _parts(values, names, unit)
+    description = ", ".join(f"{part['label']} {part['text']}" for part in parts)
+    svg = charts.stacked_bar(parts, unit=unit, title=title, description=description, ident=ident)
+    return {"parts": parts, "total": quantity(total, unit), "chart": Markup(svg), "title": title}
+
+
+def plan_view(entry: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything a page shows of one plan."""
+    metrics, ident = entry["metrics"], f"p-{entry['id']}"
+    memory = entry.get("memory_bytes_per_device") or {}
+    return {
+        "id": entry["id"],
+        "label": plan_label(entry["plan"]),
+        "settings": plan_settings(entry["plan"]),
+        "yaml": yaml.safe_dump({"plan": entry["plan"]}, sort_keys=False, allow_unicode=True),
+        "meets": entry["meets_slo"],
+        "misses": misses_words(entry),
+        "facts": _facts(metrics),
+        "memory": _bar(memory, _MEMORY, "B", "Memory of one device", f"{ident}-mem"),
+        "capacity": quantity(memory.get("capacity"), "B"),
+        "time": _bar(
+            entry.get("breakdown_s") or {}, _TIME, "s", "Where the time of a device goes", f"{ident}-time"
+        ),
+        "makespan": quantity(metrics.get("makespan_s"), "s"),
+        "latency": _latency(entry, slo, ident),
+    }
+
+
+def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of the plain metrics."""
+    get = metrics.get
+    return [
+        ("Devices", count(get("devices"))),
+        ("Output throughput", quantity(get("output_tokens_per_s"), "tok/s")),
+        ("Output throughput per device", quantity(get("output_tokens_per_s_per_device"), "tok/s")),
+        ("Requests completed", quantity(get("requests_per_s"), "req/s")),
+        ("Goodput: requests within every target", quantity(get("goodput_rps"), "req/s")),
+        ("Energy per output token", quantity(get("energy_j_per_output_token"), "J/tok")),
+        ("Energy of the whole run", quantity(get("energy_j"), "J")),
+        ("Mean power, all devices", quantity(get("power_w"), "W")),
+        ("Mean power per device", quantity(get("power_w_per_device"), "W")),
+        ("Price", quantity(get("usd_per_hour"), "USD/h")),
+        ("Cost of output", quantity(get("usd_per_million_output_tokens"), "USD/Mtok")),
+        ("Peak memory in use, all devices", quantity(get("memory_bytes"), "B")),
+        ("Model FLOP utilization (MFU)", percent(get("mfu"))),
+        ("Memory bandwidth utilization (MBU)", percent(get("mbu"))),
+        ("Preemptions", count(get("preemptions"))),
+        ("Prefix cache hit rate", percent(get("prefix_hit_rate"))),
+    ]
+
+
+# --- the whole result ----------------------------------------------------------------------------
+
+
+def _scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> list[dict[str, Any]]:
+    """Charts of the first objective against the next two (one chart for two objectives)."""
+    first = names[0]
+    others = list(names[1:3]) or ["cost" if first != "cost" else "latency"]
+    front = set(result["front"])
+    infeasible = result["status"] != "ok"
+    found = []
+    for other in others:
+        points = [
+            {
+                "x": _objective(first, entry["metrics"]),
+                "y": _objective(other, entry["metrics"]),
+                "kind": _kind(entry, front, chosen, infeasible),
+                "label": f"{plan_label(entry['plan'])}: "
+                + ", ".join(
+                    f"{_SHORT[name]} {quantity(_objective(name, entry['metrics']), OBJECTIVES[name].unit)}"
+                    for name in (first, other)
+                ),
+            }
+            for entry in result["plans"]
+        ]
+        counts = {kind: sum(point["kind"] == kind for point in points) for kind in charts.KINDS}
+        told = ", ".join(f"{counts[kind]} {words.lower()}" for kind, words in charts.KINDS.items() if counts[kind])
+        axes = [
+            {
+                "label": _AXES[name],
+                "unit": OBJECTIVES[name].unit,
+                "better": "high" if OBJECTIVES[name].maximise else "low",
+            }
+            for name in (first, other)
+        ]
+        title = f"{_AXES[first]} against {_AXES[other][0].lower()}{_AXES[other][1:]}"
+        svg = charts.scatter(
+            points,
+            x=axes[0],
+            y=axes[1],
+            title=title,
+            description=f"{len(points)} simulated plans: {told}. The table gives the numbers.",
+            ident=f"front-{first}-{other}",
+        )
+        if svg:
+            found.append({"title": title, "chart": Markup(svg)})
+    return found
+
+
+def _kind(entry: Mapping[str, Any], front: set[str], chosen: str, infeasible: bool) -> str:
+    if entry["id"] == chosen:
+        return "nearest" if infeasible else "recommended"
+    if entry["id"] in front:
+        return "front"
+    return "dominated" if entry["meets_slo"] else "misses"
+
+
+def _targets(slo: Mapping[str, Any], entry: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    rows = []
+    for metric, bounds in slo.items():
+        for statistic, bound in (bounds or {}).items():
+            value = ((entry or {}).get("metrics", {}).get(metric) or {}).get(statistic)
+            pair = (((entry or {}).get("interval") or {}).get(metric) or {}).get(statistic)
+            rows.append(
+                {
+                    "name": f"{LATENCIES.get(metric, metric)}, {statistic}",
+                    "target": quantity(bound, "s"),
+                    "value": quantity(value, "s"),
+                    "interval": interval(pair, "s") if pair else "",
+                    "met": value is None or value <= bound,
+                    "sure": bool(pair) and pair[1] <= bound,
+                }
+            )
+    return rows
+
+
+def _tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[str, str]]:
+    def latency(metric: str, statistic: str) -> tuple[str, str]:
+        value = (metrics.get(metric) or {}).get(statistic)
+        pair = (pairs.get(metric) or {}).get(statistic)
+        return quantity(value, "s"), f"90 % interval {interval(pair, 's')}" if pair else ""
+
+    ttft, ttft_note = latency("ttft_s", "p95")
+    tpot, tpot_note = latency("tpot_s", "p95")
+    per_device = quantity(metrics.get("output_tokens_per_s_per_device"), "tok/s")
+    cost = metrics.get("usd_per_million_output_tokens")
+    power = quantity(metrics.get("power_w_per_device"), "W")
+    devices = metrics.get("devices")
+    return [
+        {"name": "Time to first token, p95", "value": ttft, "note": ttft_note},
+        {"name": "Time per output token, p95", "value": tpot, "note": tpot_note},
+        {
+            "name": "Output throughput",
+            "value": quantity(metrics.get("output_tokens_per_s"), "tok/s"),
+            "note": f"{per_device} per device",
+        },
+        {
+            "name": "Energy per output token",
+            "value": quantity(metrics.get("energy_j_per_output_token"), "J/tok"),
+            "note": f"{power} per device on average",
+        },
+        {
+            "name": "Cost per million output tokens",
+            "value": f"{number(cost)}\u00a0USD" if cost is not None else MISSING,
+            "note": f"{quantity(metrics.get('usd_per_hour'), 'USD/h')} for {count(devices)} "
+            + ("device" if devices == 1 else "devices"),
+        },
+    ]
+
+
+def _workload(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not summary:
+        return []
+    inputs, outputs = summary.get("input_tokens") or {}, summary.get("output_tokens") or {}
+
+    def lengths(values: Mapping[str, float]) -> str:
+        return (
+            f"mean {count(values.get('mean'))}, p50 {count(values.get('p50'))}, p95 {count(values.get('p95'))}, "
+            f"longest {count(values.get('max'))}"
+        )
+
+    rows = [("Requests", count(summary.get("requests")))]
+    if summary.get("concurrency"):
+        rows.append(("Requests in flight (closed loop)", count(summary["concurrency"])))
+    else:
+        rows += [
+            ("Arrivals", f"{quantity(summary.get('rate_rps'), 'req/s')} over "
+                         f"{quantity(summary.get('duration_s'), 's')}"),
+            ("Variation of the gaps (1: Poisson)", number(summary.get("burstiness"))),
+        ]  # fmt: skip
+    rows += [
+        ("Input tokens", lengths(inputs)),
+        ("Output tokens", lengths(outputs)),
+        ("Input that a cache could share", percent(summary.get("shared_prefix_share"))),
+        ("Conversations", f"{count(summary.get('sessions'))}, {number(summary.get('turns_mean'))} turns each"),
+    ]
+    return rows
+
+
+def _sources(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """One row per source: the operators that it stands behind, together."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        key = (row.get("source", ""), row.get("kind", ""), row.get("device", ""))
+        name = row.get("name") or row.get("operator", "")
+        if name not in groups.setdefault(key, []):
+            groups[key].append(name)
+    return [
+        {"source": source, "kind": kind, "device": device, "operators": ", ".join(n.replace("_", " ") for n in names)}
+        for (source, kind, device), names in groups.items()
+    ]
+
+
+def request_yaml(request: Mapping[str, Any]) -> str:
+    """A request as the YAML file that the command line takes; empty sections left out."""
+    plain = {key: value for key, value in request.items() if value not in ({}, None)}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def commands(request: Mapping[str, Any], base_url: str) -> dict[str, str]:
+    """The same request for a shell: with the command, and with curl against `base_url`."""
+    body = json.dumps(request, indent=2, ensure_ascii=False)
+    # A quoted delimiter: the shell replaces nothing inside.
+    return {
+        "cli": f"cat > request.yaml <<'REQUEST'\n{request_yaml(request)}REQUEST\n"
+        "planfront plan request.yaml --json result.json",
+        "curl": f"curl --fail-with-body -sS -H 'Content-Type: application/json' --data-binary @- \\\n"
+        f"  '{base_url}/api/v1/plans' > result.json <<'REQUEST'\n{body}\nREQUEST",
+    }
+
+
+def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:8000") -> dict[str, Any]:
+    """Everything that the result page and the report show."""
+    request = result["request"]
+    slo = request.get("slo") or {}
+    entries = {entry["id"]: entry for entry in result["plans"]}
+    chosen_id = (result.get("recommended") or {}).get("plan_id", "")
+    chosen = entries.get(chosen_id)
+    feasible = result["status"] == "ok"
+    names = [name for name in request.get("objectives", ()) if name in OBJECTIVES] or ["latency", "energy"]
+    listed = [entries[ident] for ident in result["front"] if ident in entries]
+    if not feasible:
+        listed = sorted(
+            result["plans"],
+            key=lambda entry: max((miss["distance"] for miss in entry.get("slo_misses", ())), default=0.0),
+        )[:MAX_NEAREST]
+    listed.sort(key=lambda entry: _sortable(_objective(names[0], entry["metrics"])))
+    others = [entry for entry in listed if entry["id"] != chosen_id]
+    pools = request["cluster"]["pools"]
+    return {
+        "feasible": feasible,
+        "model": request["model"],
+        "machines": ", ".join(_pool_words(pool) for pool in pools),
+        "reason": (result.get("recommended") or {}).get("reason", ""),
+        "chosen": plan_view(chosen, slo) if chosen else None,
+        "tiles": _tiles(chosen["metrics"], chosen.get("interval") or {}) if chosen else [],
+        "targets": _targets(slo, chosen),
+        "objectives": [{"name": _AXES[name], "maximise": OBJECTIVES[name].maximise} for name in names],
+        "scatters": _scatters(result, names, chosen_id),
+        "front": [
+            {
+                "id": entry["id"],
+                "label": plan_label(entry["plan"]),
+                "chosen": entry["id"] == chosen_id,
+                "cells": objective_cells(names, entry["metrics"]),
+                "ttft": quantity((entry["metrics"].get("ttft_s") or {}).get("p95"), "s"),
+                "tpot": quantity((entry["metrics"].get("tpot_s") or {}).get("p95"), "s"),
+                "batching": _batching(entry["plan"]),
+                "misses": misses_words(entry),
+            }
+            for entry in listed
+        ],
+        "details": [plan_view(entry, slo) for entry in others[:MAX_DETAILS]],
+        "details_left_out": max(0, len(others) - MAX_DETAILS),
+        "rejected": _rejected(result.get("rejected") or ()),
+        "search": _search_words(result["search"]),
+        "workload": _workload(result.get("workload") or {}),
+        "provenance": result["provenance"],
+        "sources": _sources(result["provenance"].get("cost_models") or ()),
+        "yaml": request_yaml(request),
+        "commands": commands(request, base_url),
+    }
+
+
+def _sortable(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _pool_words(pool: Mapping[str, Any]) -> str:
+    device, nodes, each = pool.get("device"), pool.get("nodes", 1), pool.get("devices_per_node")
+    if device is None:
+        return f"{pool.get('name', 'pool')} (topology file)"
+    if each is None:
+        return f"{nodes} {'node' if nodes == 1 else 'nodes'} of {device}"
+    return f"{nodes * each} × {device}" + (f" in {nodes} nodes" if nodes > 1 else "")
+
+
+def _batching(plan: Mapping[str, Any]) -> str:
+    worker = plan.get("worker") or (plan.get("decode") or {}).get("worker") or {}
+    batching = worker.get("batching") or {}
+    return f"{count(batching.get('max_num_seqs'))} / {count(batching.get('max_num_batched_tokens'))}"
+
+
+def _rejected(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Reasons with how many plans share each, most first; an example of each."""
+    groups: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        group = groups.setdefault(row["reason"], {"reason": row["reason"], "plans": 0, "label": plan_label(row["plan"])})
+        group["plans"] += row.get("plans", 1)
+    return sorted(groups.values(), key=lambda group: -group["plans"])
+
+
+def _search_words(search: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "method": search["method"],
+        "certified": search["certified"],
+        "reason": search.get("reason", ""),
+        "rows": [
+            ("Plans in the space", count(search["space_size"])),
+            ("Cannot run", count(search.get("rejected", 0))),
+            ("Left out, proven not to matter", count(search["bounded"])),
+            ("Simulated", count(search["simulated"])),
+            ("Time", quantity(search["wall_s"], "s")),
+            ("Hypervolume of the front (0 to 1)", number(search["hypervolume"])),
+            ("Seed", str(search["seed"])),
+        ],
+    }
