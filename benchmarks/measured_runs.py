@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def formats(row: Any) -> dict[str, str]:
     if "FP8" in row.model_path:
         precision = "fp8"
     if row.model_path.startswith("openai/gpt-oss"):
-        return {"weights": "fp4", "activations": "bf16"}
+        # mxfp4 by mxfp8 where the tensor cores can, else weight-only.
+        return {"weights": "fp4", "activations": "bf16" if row.system.startswith("h") else "fp8"}
     if precision == "int4":
         return {"weights": "int4", "activations": "bf16"}
     if precision == "fp4" and row.system.startswith("h"):
@@ -65,7 +67,9 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             return {"distribution": "uniform", "low": int(0.8 * nominal), "high": int(nominal)}
         return {"distribution": "constant", "value": int(nominal)}
 
-    version = row.backend_version if isinstance(row.backend_version, str) else None
+    # Development builds are named freely ("nightly-dev"); the newest profile stands for them.
+    numbered = isinstance(row.backend_version, str) and re.match(r"\d+(\.\d+)+", row.backend_version)
+    version = numbered.group() if numbered else None
     request = {
         "model": row.model_path,
         "engine": {"name": row.backend, **({"version": version} if version else {})},

@@ -59,6 +59,7 @@ DTYPES = {
     "int8_wo": ("int8_wo", "int8", "bf16", "bf16"),
     "sq": ("int8", "int8", "int8", "int8"),
     "w4a16_mxfp4": ("fp4_wo", "fp4", "bf16", "bf16"),
+    "w4a8_mxfp4_mxfp8": ("fp4_a8", "fp4", "fp8", "fp8"),
 }
 
 START: dict[str, dict[str, float]] = {
@@ -219,16 +220,32 @@ def problems(base: Path) -> Iterator[Problem]:
                         yield mla_problem(
                             device, architecture, engine, phase, str(kv), part, rates("bf16"), source(path)
                         )
-            path = newest(root / "moe", engine, "moe_perf.parquet")
-            if path:
-                frame = read(path)
-                frame = frame[frame["distribution"] == "power_law_1.01"]
-                for dtype, part in frame.groupby("moe_dtype"):
-                    known = DTYPES.get(str(dtype))
-                    if known and known[3] in peaks and len(part) > 150:
-                        yield moe_problem(
-                            device, architecture, engine, known, part, rates(known[3]), source(path)
-                        )
+            for dtype, (path, part) in newest_experts(root / "moe", engine).items():
+                known = DTYPES.get(dtype)
+                if known and known[3] in peaks and len(part) > 150:
+                    yield moe_problem(
+                        device, architecture, engine, known, part, rates(known[3]), source(path)
+                    )
+
+
+def newest_experts(root: Path, engine: str) -> dict[str, tuple[Path, pd.DataFrame]]:
+    """Rows of routed experts by format, each from the newest version that measured it.
+
+    A release often measures only what changed, so the newest folder alone lacks most formats. Marlin
+    stands in for experts of other activations in the mxfp4 rows; where the engine's own kernel was
+    measured too, its rows are the ones that a server runs.
+    """
+    found: dict[str, tuple[Path, pd.DataFrame]] = {}
+    for path in sorted((root / engine).glob("*/moe_perf.parquet"), key=lambda p: version_key(p.parent.name)):
+        frame = read(path)
+        frame = frame[frame["distribution"] == "power_law_1.01"]
+        for dtype, part in frame.groupby("moe_dtype"):
+            own = part[~part["kernel_source"].str.contains("marlin")]
+            if "mxfp4" in str(dtype) and len(own):
+                part = own
+            if len(part) > 150:
+                found[str(dtype)] = (path, part)
+    return found
 
 
 def source(path: Path) -> str:

@@ -62,6 +62,8 @@ def format_key(device: Device, weights: str, activations: str) -> str:
         return "fp8_block"
     if compute == "fp8" and weights == "int4":
         return "w4a8"
+    if compute == "fp8" and weights == "fp4":
+        return "fp4_a8"
     return compute
 
 

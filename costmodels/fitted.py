@@ -90,6 +90,7 @@ _FORMAT_KIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "int8_wo": ("int8_wo", "bf16"),
         "fp4_wo": ("fp4_wo", "int4_wo", "bf16"),
         "w4a8": ("fp8", "bf16"),
+        "fp4_a8": ("fp4_a8", "fp4", "fp8", "bf16"),
     }
 )
 

@@ -114,8 +114,11 @@ def supports(device: Device, weights: str, activations: str, kv: str) -> str | N
             f"{device.name} cannot run {weights} weights: weight-only {_family(weights)} kernels need "
             "Ampere or newer"
         )
-    if activations == "fp8" and weights in ("fp4", "int8"):
-        return f"no kernel multiplies {weights} weights by fp8 activations"
+    if activations == "fp8" and weights == "int8":
+        return "no kernel multiplies int8 weights by fp8 activations"
+    if activations == "fp8" and weights == "fp4" and "fp4" not in device.peak_flops_per_s:
+        # mxfp4 x mxfp8 is an instruction of Blackwell; before it, fp4 weights run weight-only.
+        return f"{device.name} cannot multiply fp4 weights by fp8 activations; use 16-bit activations"
     if activations == "int8" and weights not in ("int8", "int4"):
         return f"no kernel multiplies {weights} weights by int8 activations"
     if activations == "fp4" and weights != "fp4":

@@ -240,6 +240,8 @@ class Evaluator:
             pipeline=point.pipeline,
             attention_data=point.attention_data,
             replicas=point.replicas,
+            request_s=self.engine.request_s,
+            request_per_token_s=self.engine.request_per_token_s,
         )
 
     def run(self, point: PlanPoint, *, time_factor: float = 1.0) -> tuple[SimulationResult, MemoryPlan]:

@@ -44,7 +44,11 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
-    """One engine version: what it does by default, and what its host side costs."""
+    """One engine version: what it does by default, and what its host side costs.
+
+    `request_s` and `request_per_token_s` (of the prompt) are the front end's share of a request's
+    latency: HTTP, tokenisation, queues between processes, and streaming back.
+    """
 
     engine: str
     version: str  # of the profile
@@ -61,6 +65,8 @@ class EngineProfile:
     graph_scheme: str
     tiers: tuple[Tier, ...]
     host: HostOverhead
+    request_s: float
+    request_per_token_s: float
     memory: MemoryConstants
     source: str
 
@@ -198,6 +204,8 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                 )
             }
         ),
+        request_s=host["request_s"],
+        request_per_token_s=host["request_per_token_s"],
         memory=MemoryConstants(**_document()["memory"]),
         source=item["source"],
     )

@@ -80,8 +80,8 @@ def _variant(asked: str, default: QuantizationDefault) -> QuantizationDefault:
         if part in text:
             return found
     if re.search(r"-fp8(-|$)", text) and default.weights != "fp8":
-        # Qwen publishes block scales; others scales per tensor or channel.
-        block = text.startswith("qwen/")
+        # Qwen and Z.ai publish block scales; others scales per tensor or channel.
+        block = text.split("/")[-1].startswith(("qwen", "glm-5"))
         return QuantizationDefault("fp8", "fp8", "bf16", "fp8_block" if block else "fp8")
     return default
 

@@ -149,10 +149,18 @@ def stage_counts(spec: ModelSpec, pipeline: int) -> tuple[tuple[int, ...], ...]:
 
 
 def stored_format(spec: ModelSpec, weights: str) -> str:
-    """The operator format of a plan's weights: fp8 checkpoints with block scales stay so."""
-    if weights == "fp8" and spec.quantization.method == "fp8_block":
-        return "fp8_block"
-    return weights
+    """The operator format of a plan's weights.
+
+    fp8 checkpoints with block scales stay so. A mixture of experts whose own checkpoint says nothing
+    about fp8 is taken to be published with block scales too, as DeepSeek V3, Qwen3, GLM-5, MiniMax M2
+    and Kimi K2 are.
+    """
+    if weights != "fp8":
+        return weights
+    method = spec.quantization.method
+    mixture = any(group.ffn is not None and group.ffn.experts for group in spec.layers)
+    block = method == "fp8_block" or (mixture and spec.quantization.weights != "fp8")
+    return "fp8_block" if block else "fp8"
 
 
 def half(dtype: str) -> str:

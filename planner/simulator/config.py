@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from costmodels.ops import FloatArray
+from costmodels.table import IntArray
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -21,6 +26,9 @@ class SchedulerConfig:
     watermark    share of blocks that admission of a new request must leave free
     replicas, router  data-parallel copies; "round_robin" or "least_outstanding"; later turns
                  of a session and clients of a closed loop stay on their replica
+    request_s, request_per_token_s  what the front end adds to every request before the scheduler
+                 sees it (HTTP, chat template, tokens of the prompt) and after its tokens leave;
+                 it delays a request and occupies no device
     """
 
     max_num_seqs: int
@@ -36,3 +44,9 @@ class SchedulerConfig:
     attention_data: int = 1
     replicas: int = 1
     router: str = "round_robin"
+    request_s: float = 0.0
+    request_per_token_s: float = 0.0
+
+    def lead_s(self, input_tokens: FloatArray | IntArray) -> FloatArray:
+        """Seconds between a request's arrival and the scheduler's queue, one per request."""
+        return self.request_s + self.request_per_token_s * np.asarray(input_tokens, np.float64)

@@ -342,8 +342,8 @@ def _trigger(s, wf, child, sibling, order, aheap, i):  # type: ignore[no-untyped
     if at < 0 and s[CLOSED] and s[RPTR] < s[REND]:
         root = order[s[RPTR]]
         s[RPTR] += 1
-        wf[root, ARRIVE] = now
-        s[AHEAP] = _push(aheap, s[AHEAP], now, float(root))
+        wf[root, ARRIVE] = now + wf[root, DELAY]
+        s[AHEAP] = _push(aheap, s[AHEAP], wf[root, ARRIVE], float(root))
     while at >= 0:
         wf[at, ARRIVE] = now + wf[at, DELAY]
         s[AHEAP] = _push(aheap, s[AHEAP], wf[at, ARRIVE], float(at))

@@ -410,10 +410,11 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
     offset, ids = np.zeros(len(workload) + 1, np.int64), np.zeros(0, np.int64)
     if prefix:
         offset, ids = cache_entries(workload, config)
+    lead_s = config.lead_s(workload.input_tokens)
     requests = [
         Request(
             row=row,
-            arrival_s=float(workload.arrival_s[row]),
+            arrival_s=float(workload.arrival_s[row] + lead_s[row]),
             input_tokens=int(workload.input_tokens[row]),
             output_tokens=int(workload.output_tokens[row]),
             entries=[int(i) for i in ids[offset[row] : offset[row + 1]]],
@@ -434,8 +435,8 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
             clients = workload.concurrency // config.replicas
             clients += 1 if index < workload.concurrency % config.replicas else 0
             for row in queues[index][:clients]:
-                requests[row].arrival_s = 0.0
-                heapq.heappush(replica.pending, (0.0, 1, row))
+                requests[row].arrival_s = float(lead_s[row])
+                heapq.heappush(replica.pending, (requests[row].arrival_s, 1, row))
             queues[index] = queues[index][clients:]
     elif not dynamic:
         for replica, rows in zip(replicas, queues, strict=True):
@@ -449,28 +450,31 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
                 replica.pending[0][0] <= replica.clock
                 or (not replica.active and not replica.waiting and replica.pending[0][0] < until)
             ):
-                at, _, row = heapq.heappop(replica.pending)
+                at, triggered, row = heapq.heappop(replica.pending)
                 replica.clock = max(replica.clock, at)
                 replica.waiting.append(requests[row])
-                replica.arrived += 1
+                replica.arrived += triggered  # roots count from when they are sent
             if not (replica.active or replica.waiting) or replica.clock >= until:
                 return
             replica.step()
             for request in replica.finished:
                 later = children.get(request.row, [])
                 for row in later:
-                    requests[row].arrival_s = request.finish_s + float(workload.delay_s[row])
+                    requests[row].arrival_s = request.finish_s + float(workload.delay_s[row] + lead_s[row])
                     heapq.heappush(replica.pending, (requests[row].arrival_s, 1, row))
                 if workload.concurrency and not later and queues[index]:
                     row = queues[index].pop(0)
-                    requests[row].arrival_s = request.finish_s
+                    requests[row].arrival_s = request.finish_s + float(lead_s[row])
                     heapq.heappush(replica.pending, (requests[row].arrival_s, 1, row))
             replica.finished = []
 
     if dynamic:
         placed: dict[int, int] = {}
         routed = [0] * config.replicas
-        for row in map(int, np.flatnonzero(workload.parent < 0)):
+        sent = sorted(
+            map(int, np.flatnonzero(workload.parent < 0)), key=lambda row: (requests[row].arrival_s, row)
+        )
+        for row in sent:
             session, now = int(workload.session[row]), requests[row].arrival_s
             if session not in placed:
                 for index in range(config.replicas):
@@ -484,12 +488,11 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
             best = placed[session]
             heapq.heappush(replicas[best].pending, (now, 0, row))
             routed[best] += 1
-            replicas[best].arrived -= 1  # counted when sent
         replica_of = [placed[int(s)] for s in workload.session]
     for index in range(config.replicas):
         advance(index, float("inf"))
     return ReferenceResult(
-        arrival_s=[r.arrival_s for r in requests],
+        arrival_s=[r.arrival_s - float(lead) for r, lead in zip(requests, lead_s, strict=True)],
         first_s=[r.first_s for r in requests],
         finish_s=[r.finish_s for r in requests],
         replica=replica_of,

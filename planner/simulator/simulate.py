@@ -45,9 +45,10 @@ def simulate(
     check(workload, tables, config)
     rows, replica = assign(workload, config)
     tab, req = _tables(tables), _rows(workload, tables, config)
+    lead_s = config.lead_s(workload.input_tokens)
     stores: list[core.Store] = []
     if config.router == LEAST_OUTSTANDING and config.replicas > 1 and not workload.concurrency:
-        roots = np.flatnonzero(workload.parent < 0)
+        roots = _queue_order(np.flatnonzero(workload.parent < 0), req)
         store = _store(workload, tables, config, req, config.replicas, len(roots), timeline)
         sessions, count = _session_index(workload)
         replica_of = np.full(count, -1, np.int64)
@@ -59,13 +60,15 @@ def simulate(
             if not len(mine):
                 continue
             store = _store(workload, tables, config, req, 1, len(mine), timeline)
-            store.order[0] = mine
+            store.order[0] = mine if workload.concurrency else _queue_order(mine, req)
             store.ints[0, core.REND] = len(mine)
             if workload.concurrency:
                 started = min(_clients(workload.concurrency, config.replicas, index), len(mine))
+                req.floats[mine, core.ARRIVE] = lead_s[mine]
                 store.ints[0, core.RPTR] = store.ints[0, core.AHEAP] = started
-                store.aheap[0, :started, 1] = mine[:started]
-                req.floats[mine, core.ARRIVE] = 0.0
+                first = _queue_order(mine[:started], req)  # ascending, so it is a heap
+                store.aheap[0, :started, 0] = lead_s[first]
+                store.aheap[0, :started, 1] = first
             core.advance(tab, req, core.Store(*(array[0] for array in store)), np.inf)
             stores.append(store)
     return collect(
@@ -73,7 +76,7 @@ def simulate(
         tables,
         config,
         stores,
-        arrive_s=req.floats[:, core.ARRIVE].copy(),
+        arrive_s=req.floats[:, core.ARRIVE] - lead_s,
         first_s=req.floats[:, core.FIRST].copy(),
         finish_s=req.floats[:, core.FINISH].copy(),
         replica=replica,
@@ -124,6 +127,11 @@ def assign(workload: Workload, config: SchedulerConfig) -> tuple[list[Any], Any]
     # Fewer clients than replicas: the rest stay idle.
     replica = sessions % min(config.replicas, workload.concurrency or config.replicas)
     return [roots[replica[roots] == r] for r in range(config.replicas)], replica
+
+
+def _queue_order(rows: Any, req: core.Rows) -> Any:
+    """Rows in the order in which the scheduler sees them; of two at once the lower row first."""
+    return rows[np.argsort(req.floats[rows, core.ARRIVE], kind="stable")]
 
 
 def _session_index(workload: Workload) -> tuple[Any, int]:
@@ -206,8 +214,9 @@ def _rows(workload: Workload, tables: StepTables, config: SchedulerConfig) -> co
     ints[:, core.INPUT] = workload.input_tokens
     ints[:, core.OUTPUT] = workload.output_tokens
     floats = np.zeros((n, core.ROW_FLOATS))
-    floats[:, core.ARRIVE] = workload.arrival_s
-    floats[:, core.DELAY] = workload.delay_s
+    lead_s = config.lead_s(workload.input_tokens)
+    floats[:, core.ARRIVE] = workload.arrival_s + lead_s
+    floats[:, core.DELAY] = workload.delay_s + lead_s
     later = np.flatnonzero(workload.parent >= 0)
     links = n if len(later) or workload.concurrency else 1
     child, sibling = np.full(links, -1, np.int64), np.full(links, -1, np.int64)

@@ -197,7 +197,8 @@ def _lengths(row: Any, rng: np.random.Generator, n: int, path: str) -> IntArray:
         most = int(_number(row, "max", path, 10_000_000.0))
         if least > most:
             raise InputError(f"{path}.min", f"must be at most max ({most}), not {least}")
-        return np.clip(np.rint(drawn), least, most).astype(np.int64)
+        tokens: IntArray = np.clip(np.rint(drawn), least, most).astype(np.int64)
+        return tokens
     known = "constant, uniform, lognormal, empirical"
     raise InputError(f"{path}.distribution", f"must be one of {known}, not {kind!r}"[:200])
 

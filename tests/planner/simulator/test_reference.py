@@ -61,6 +61,8 @@ def cases(draw: Any) -> tuple[Workload, dict[str, Any], SchedulerConfig]:
         attention_data=ranks,
         replicas=draw(st.integers(1, 3)),
         router=draw(st.sampled_from(["round_robin", "least_outstanding"])),
+        request_s=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        request_per_token_s=draw(st.sampled_from([0.0, 0.0, 0.01])),
     )
     table = {
         "pipeline": pipeline,
