@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from hardware import InputError
+from planner.engines import EngineProfile, load_profile
 from planner.pipeline import Planner
 from planner.plans import check_plan, resolve_plan
 from planner.request import parse_plan
@@ -50,12 +52,22 @@ def formats(row: Any) -> dict[str, str]:
     return {"weights": precision, "activations": precision}
 
 
+def batching(row: Any, ranks: int) -> dict[str, Any]:
+    """The limits a benchmark sets: room for its clients; TensorRT-LLM without chunked prefill also needs
+    a token budget that holds a prompt beside them (InferenceX: input + concurrency + 64)."""
+    concurrency = int(row.concurrency)
+    found: dict[str, Any] = {"max_num_seqs": max(8, -(-concurrency // ranks))}
+    if row.backend == "trtllm":
+        found["max_num_batched_tokens"] = max(8192, int(row.isl_nominal) + concurrency + 64)
+    return found
+
+
 def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(request, plan) of one run."""
     tensor = int(row.tp_size_corrected)
-    ranks = int(row.attention_dp_size) if row.attention_dp_size == row.attention_dp_size else 1
-    expert = int(row.moe_ep_size) if row.moe_ep_size == row.moe_ep_size else 1
-    pipeline = int(row.pp_size) if row.pp_size == row.pp_size else 1
+    ranks, expert, pipeline = (  # 0 and nothing both mean that it was not used
+        max(1, int(np.nan_to_num(value))) for value in (row.attention_dp_size, row.moe_ep_size, row.pp_size)
+    )
     per_rank = max(1, tensor // ranks) if ranks > 1 else tensor
     stage = per_rank * ranks
     concurrency = int(row.concurrency)
@@ -105,18 +117,20 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
                 "attention_data": ranks,
             },
             "quantization": formats(row),
-            "batching": {"max_num_seqs": max(8, -(-concurrency // ranks))},
+            "batching": batching(row, ranks),
             "prefix_caching": False,
         },
     }
     return request, plan
 
 
-def predict(planner: Planner, row: Any) -> dict[str, Any]:
-    """Prediction of one run, or why there is none."""
+def predict(planner: Planner, row: Any, host: dict[str, float] | None = None) -> dict[str, Any]:
+    """Prediction of one run, or why there is none; `host` replaces terms of the engine's profile."""
     try:
         request, plan = question(row)
         asked = planner.load(request)
+        if host is not None:
+            asked = replace(asked, engine=with_host(asked.engine, host))
         evaluator = asked.evaluator(tables=planner._tables)
         point = resolve_plan(parse_plan(plan), asked.spec, asked.cluster, asked.engine)
         problem = check_plan(point, asked.spec, asked.cluster)
@@ -133,14 +147,67 @@ def predict(planner: Planner, row: Any) -> dict[str, Any]:
     }
 
 
-def compare(runs: pd.DataFrame, planner: Planner) -> pd.DataFrame:
+def with_host(engine: EngineProfile, host: dict[str, float]) -> EngineProfile:
+    """The profile with other host terms."""
+    own = {name: value for name, value in host.items() if name in FRONT_END}
+    step = {name: value for name, value in host.items() if name not in FRONT_END}
+    return replace(engine, host=replace(engine.host, **step), **own)
+
+
+def compare(runs: pd.DataFrame, planner: Planner, host: dict[str, float] | None = None) -> pd.DataFrame:
     """The runs with predictions and relative errors beside them."""
-    found = pd.DataFrame([predict(planner, row) for row in runs.itertuples()], index=runs.index)
+    found = pd.DataFrame([predict(planner, row, host) for row in runs.itertuples()], index=runs.index)
     table = pd.concat([runs, found], axis=1)
     for name in ("ttft", "tpot"):
         if f"{name}_ms" in table:
             table[f"{name}_error"] = table[f"{name}_ms"] / table[f"{name}_mean_ms"] - 1.0
     return table
+
+
+#: Terms of a profile outside its step overhead.
+FRONT_END = ("request_s", "request_per_token_s")
+#: What a fit may change, in the order in which it does.
+FITTED = {  # first step of the search, most it may be
+    "request_s": (20e-3, 0.2),
+    "request_per_token_s": (4e-6, 40e-6),
+    "overlap_s": (1e-6, 4e-6),
+    "decode_step_s": (0.4e-3, 5e-3),
+    "decode_per_sequence_s": (4e-6, 40e-6),
+    "mixed_step_s": (2e-3, 10e-3),
+    "mixed_per_token_s": (1e-6, 10e-6),
+}
+
+
+def loss(table: pd.DataFrame) -> float:
+    """Mean absolute log error of TPOT and, at half its weight, TTFT; one wild run counts at most 0.6."""
+    found = 0.0
+    for name, weight in (("tpot", 1.0), ("ttft", 0.5)):
+        ratio = np.log(table[f"{name}_ms"] / table[f"{name}_mean_ms"]).abs().dropna()
+        found += weight * float(np.minimum(ratio, 0.6).mean())
+    return found
+
+
+def fit(runs: pd.DataFrame, engine: str, rounds: int = 4) -> dict[str, float]:
+    """Host terms of one engine by coordinate search with halving steps, from its profile's values."""
+    runs = runs[runs.backend == engine]
+    profile = load_profile(engine)
+    terms = {name: float(getattr(profile if name in FRONT_END else profile.host, name)) for name in FITTED}
+    best = loss(compare(runs, Planner(), terms))
+    print(f"{engine}: {len(runs)} runs, loss {best:.4f}", flush=True)
+    for turn in range(rounds):
+        for name, (first, most) in FITTED.items():
+            step = first / 2**turn
+            for direction in (1.0, -1.0):
+                while True:
+                    tried = {**terms, name: min(most, max(0.0, terms[name] + direction * step))}
+                    if tried[name] == terms[name]:
+                        break
+                    found = loss(compare(runs, Planner(), tried))
+                    if found > best - 1e-5:
+                        break
+                    best, terms = found, tried
+        print(f"  round {turn + 1}: loss {best:.4f} {terms}", flush=True)
+    return terms
 
 
 def report(table: pd.DataFrame, by: list[str]) -> str:
@@ -170,15 +237,25 @@ def main() -> None:
     parser.add_argument("--use", choices=("calibrate", "judge"), default="judge")
     parser.add_argument("--sample", type=int, default=0, help="at most this many rows per group")
     parser.add_argument("--backend", default="", help="only this engine")
+    parser.add_argument("--fit", action="store_true", help="fit host terms of --backend on these rows")
     parser.add_argument("--out", type=Path, help="write the rows with predictions as CSV")
     given = parser.parse_args()
     runs = pd.read_csv(given.runs)
-    runs = runs[(runs.use == given.use) & (runs["mode"] == "agg")]
+    # A run that does not say how many clients or devices it had cannot be replayed.
+    runs = runs[
+        (runs.use == given.use)
+        & (runs["mode"] == "agg")
+        & runs[["concurrency", "tp_size_corrected"]].notna().all(axis=1)
+    ]
     if given.backend:
         runs = runs[runs.backend == given.backend]
     if given.sample:
         order = runs.sample(frac=1.0, random_state=0)
         runs = order[order.groupby(["model_path", "system", "backend"]).cumcount() < given.sample]
+    if given.fit:
+        for engine in [given.backend] if given.backend else ("vllm", "sglang", "trtllm"):
+            fit(runs[runs.use == "calibrate"], engine)
+        return
     table = compare(runs, Planner())
     print(report(table, ["model_path", "system", "backend"]))
     if "problem" in table:

@@ -31,7 +31,8 @@ def writers(rows: int) -> Iterator[tuple[str, str, Callable[[int], str], str]]:
         "arrival_s,input_tokens,output_tokens"
     )  # fmt: skip
     yield "apex", "a.jsonl", lambda i: (
-        f'{{"StartTimeOffset": {i * 10_000_000}, "ContextTokens": {inputs[i]}, "GeneratedTokens": {outputs[i]}}}'
+        f'{{"StartTimeOffset": {i * 10_000_000}, "ContextTokens": {inputs[i]}, '
+        f'"GeneratedTokens": {outputs[i]}}}'
     ), ""  # fmt: skip
     yield "azure", "z.csv", lambda i: f"{stamps[i].replace('T', ' ')}0,{inputs[i]},{outputs[i]}", (
         "TIMESTAMP,ContextTokens,GeneratedTokens"

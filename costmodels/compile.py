@@ -17,7 +17,7 @@ import numpy as np
 
 from costmodels.base import CostModel
 from costmodels.ops import FloatArray, Operator
-from costmodels.roofline import bytes_moved, causal_pairs, flops
+from costmodels.roofline import bytes_moved, causal_pairs, flops, roofline_bound
 from costmodels.table import HostOverhead, IntArray, StepTables, Term
 from hardware.device import Device
 from hardware.errors import InputError
@@ -36,8 +36,15 @@ class _Curve:
     energy_j: FloatArray
     flops: FloatArray
     bytes_moved: FloatArray
+    bound_s: FloatArray  # no kernel is faster
     kind: str
     source: str
+
+    def overlapped(self, seconds: float) -> float | FloatArray:
+        """How much of the call hides behind its neighbours when each could hide `seconds`."""
+        if seconds <= 0:
+            return 0.0
+        return np.minimum(seconds, self.time_s - self.bound_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -111,6 +118,7 @@ def _curve(term: Term, model: CostModel, device: Device, largest: int) -> _Curve
             dense((guess.power_w - device.idle_w) * guess.time_s),
             dense(flops(operator)),
             dense(bytes_moved(operator)),
+            dense(np.minimum(roofline_bound(operator, device), guess.low_s)),
             guess.kind,
             guess.source,
         )
@@ -128,6 +136,7 @@ def _accumulate(
     pipeline: int,
     largest: int,
     rows: set[Any],
+    overlap_s: float = 0.0,
 ) -> _Sum:
     def flat() -> FloatArray:
         return np.zeros(largest + 1)
@@ -142,15 +151,18 @@ def _accumulate(
             continue
         curve = _curve(term, model, device, largest)
         counts = np.array(term.stage_counts, dtype=np.float64)
-        total.stages += counts[:, None] * curve.time_s
-        total.low += counts[:, None] * curve.low_s
-        total.high += counts[:, None] * curve.high_s
+        # Collectives wait for every device: nothing of them hides.
+        hidden = 0.0 if term.category == "communication" else curve.overlapped(overlap_s * term.launches)
+        time_s = curve.time_s - hidden
+        total.stages += counts[:, None] * time_s
+        total.low += counts[:, None] * np.minimum(curve.low_s, time_s)
+        total.high += counts[:, None] * (curve.high_s - hidden)
         total.launches += counts * term.launches
         often = counts.sum()
         total.energy += often * curve.energy_j
         total.flops += often * curve.flops
         total.bytes_moved += often * curve.bytes_moved
-        total.categories[term.category] += often * curve.time_s
+        total.categories[term.category] += often * time_s
         rows.add((term.category, term.name, curve.source, curve.kind))
     return total
 
@@ -248,10 +260,10 @@ def compile_tables(
     rows: set[Any] = set()
     # A device's share of a stage: each of its devices does the same, so totals scale by devices / stages.
     scale = devices_per_worker / pipeline
-    dense = _accumulate(terms, "tokens", model, device, pipeline, reach, rows)
-    logits = _accumulate(terms, "logits", model, device, pipeline, seqs, rows)
+    dense = _accumulate(terms, "tokens", model, device, pipeline, reach, rows, host.overlap_s)
+    logits = _accumulate(terms, "logits", model, device, pipeline, seqs, rows, host.overlap_s)
     moe_reach = attention_data * reach
-    moe = _accumulate(terms, "micro_batch", model, device, pipeline, moe_reach, rows)
+    moe = _accumulate(terms, "micro_batch", model, device, pipeline, moe_reach, rows, host.overlap_s)
     attention_launches = np.zeros(pipeline)
     for term in terms:
         if term.size in ("prefill", "decode"):

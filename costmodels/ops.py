@@ -132,6 +132,4 @@ class Collective:
     group: Any  # hardware.CommGroup
 
 
-Operator: TypeAlias = (
-    Gemm | PrefillAttention | DecodeAttention | GroupedGemm | Elementwise | Collective
-)
+Operator: TypeAlias = Gemm | PrefillAttention | DecodeAttention | GroupedGemm | Elementwise | Collective

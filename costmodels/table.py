@@ -147,6 +147,9 @@ class HostOverhead:
     batch sizes, ascending (empty: no graphs); a batch is padded to the next one, and runs
     without a graph above the last. `mixed_graph_max_tokens`: steps with prefill up to this many
     tokens are captured too (piecewise graphs), so that launches cost nothing.
+    `overlap_s`: how much of each kernel of a step hides behind its neighbours. Kernels are measured
+    alone, with their start and drain; in a step the next one is prefetched or fused (programmatic
+    dependent launch), but none gets faster than its roofline.
     """
 
     decode_step_s: float = 0.0
@@ -156,3 +159,4 @@ class HostOverhead:
     launch_s: float = 0.0
     graph_sizes: tuple[int, ...] = ()
     mixed_graph_max_tokens: int = 0
+    overlap_s: float = 0.0

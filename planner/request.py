@@ -9,10 +9,19 @@ field's path and one sentence.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hardware import InputError
 
@@ -29,7 +38,18 @@ Percentile: TypeAlias = Literal["mean", "p50", "p90", "p95", "p99"]
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000, strict=True)]
 # Strict: neither `true` nor "4" is a number (whole numbers pass as floats).
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+
+
+def _not_tiny(value: float) -> float:
+    if value < _LEAST:
+        raise ValueError(f"must be at least {_LEAST:g}, not {value:g}")
+    return value
+
+
+# Bounds far beyond anything real, near enough that no product, square or quotient of them overflows.
+_LEAST, _MOST = 1e-9, 1e9
+Amount = Annotated[float, Field(gt=0, le=_MOST, allow_inf_nan=False, strict=True), AfterValidator(_not_tiny)]
+AmountOrZero = Annotated[float, Field(ge=0, le=_MOST, allow_inf_nan=False, strict=True)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
@@ -96,7 +116,7 @@ class TraceRequest(_Model):
 
     path: str
     format: Literal["auto", "planfront", "apex", "azure", "burstgpt", "mooncake"] = "auto"
-    rate_scale: PositiveFloat = 1.0
+    rate_scale: Amount = 1.0
     limit: PositiveInt | None = None
     on_bad_row: Literal["refuse", "skip"] = "refuse"
 
@@ -105,8 +125,11 @@ class Arrivals(_Model):
     """When requests come. `closed`: `concurrency` clients, each waiting for its answer."""
 
     process: Literal["poisson", "gamma", "constant", "burst", "closed"]
-    rate_rps: PositiveFloat | None = None
-    cv: PositiveFloat | None = None
+    rate_rps: Amount | None = None
+    cv: (
+        Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False, strict=True), AfterValidator(_not_tiny)]
+        | None
+    ) = None
     concurrency: PositiveInt | None = None
     size: PositiveInt | None = None
 
@@ -118,8 +141,8 @@ class Lengths(_Model):
     value: PositiveInt | None = None
     low: PositiveInt | None = None
     high: PositiveInt | None = None
-    mean: PositiveFloat | None = None
-    cv: NonNegativeFloat | None = None
+    mean: Amount | None = None
+    cv: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False, strict=True)] | None = None
     min: PositiveInt | None = None
     max: PositiveInt | None = None
     values: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=1_000_000)] | None = None
@@ -136,7 +159,7 @@ class Turns(_Model):
     """Multi-turn conversations: the history comes back as input."""
 
     mean: Annotated[float, Field(ge=1, le=10_000, allow_inf_nan=False, strict=True)] = 1.0
-    think_time_s: NonNegativeFloat = 0.0
+    think_time_s: AmountOrZero = 0.0
 
 
 class Synthetic(_Model):
@@ -166,7 +189,7 @@ class WorkloadRequest(_Model):
         return self
 
 
-SloBounds: TypeAlias = Annotated[dict[Percentile, PositiveFloat], Field(min_length=1)]
+SloBounds: TypeAlias = Annotated[dict[Percentile, Amount], Field(min_length=1)]
 
 
 class Slo(_Model):
@@ -234,7 +257,7 @@ class PlanningRequest(_Model):
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("latency", "energy", "memory")
     space: SpaceLimits = SpaceLimits()
     search: SearchRequest = SearchRequest()
-    prices: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    prices: dict[str, AmountOrZero] = Field(default_factory=dict)
 
     @field_validator("schema_version", mode="before")
     @classmethod
@@ -383,9 +406,14 @@ def _path(loc: tuple[int | str, ...], prefix: str) -> str:
     return text
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
+
+
 def _show(value: Any) -> str:
     try:
-        text = repr(value)
+        # Of a bounded size: the value is anybody's, and may be of any.
+        text = repr(value) if isinstance(value, (str, int, float)) else _SHORT.repr(value)
     except (ValueError, RecursionError):  # integers of thousands of digits, nesting without end
         text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -50,7 +50,11 @@ def test_a_room_imports_only_from_rooms_before_it(room: str) -> None:
 def test_scikit_learn_and_ortools_have_one_door_each() -> None:
     doors = {"sklearn": "costmodels/learned/", "ortools": "planner/search/", "sqlmodel": "api/"}
     for package, door in doors.items():
-        users = [str(p.relative_to(ROOT)) for p in product_files() if any(n.split(".")[0] == package for n in imported(p))]
+        users = [
+            str(p.relative_to(ROOT))
+            for p in product_files()
+            if any(n.split(".")[0] == package for n in imported(p))
+        ]
         assert [user for user in users if not user.startswith(door)] == [], package
 
 
@@ -65,11 +69,17 @@ def test_files_stay_readable() -> None:
 
 def test_nothing_points_outside_the_project() -> None:
     # Spelt in parts so that this file does not match itself.
-    forbidden = re.compile("|".join([r"\.\./" + "shared", "/work" + "/", "/tmp" + "/w", "/home" + "/", "/root" + "/"]))
+    forbidden = re.compile(
+        "|".join([r"\.\./" + "shared", "/work" + "/", "/tmp" + "/w", "/home" + "/", "/root" + "/"])
+    )
     wrong = []
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
-        if not path.is_file() or path.suffix not in TEXT or any(p.startswith(".") and p != ".ci" for p in parts):
+        if (
+            not path.is_file()
+            or path.suffix not in TEXT
+            or any(p.startswith(".") and p != ".ci" for p in parts)
+        ):
             continue
         if any(part in ("__pycache__", "build", "dist") or part.endswith(".egg-info") for part in parts):
             continue
@@ -93,7 +103,11 @@ def test_everything_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
     declared = {re.split(r"[<>=\[ ]", item)[0].lower() for item in project["dependencies"]}
-    extras = {re.split(r"[<>=\[ ]", item)[0].lower() for items in project["optional-dependencies"].values() for item in items}
+    extras = {
+        re.split(r"[<>=\[ ]", item)[0].lower()
+        for items in project["optional-dependencies"].values()
+        for item in items
+    }
     modules = {names.get(item, item.replace("-", "_")) for item in declared | extras}
     import sys
 

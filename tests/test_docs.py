@@ -106,12 +106,34 @@ def test_every_environment_variable_is_documented() -> None:
 
 
 # The contract's names: what pipelines read must be there under exactly these names.
-REQUEST_FIELDS = {"schema_version", "model", "engine", "cluster", "workload", "slo", "objectives", "space", "search", "prices"}
+REQUEST_FIELDS = {
+    "schema_version",
+    "model",
+    "engine",
+    "cluster",
+    "workload",
+    "slo",
+    "objectives",
+    "space",
+    "search",
+    "prices",
+}
 PLAN_FIELDS = {"serving", "replicas", "worker", "prefill", "decode"}
-RESULT_FIELDS = {"schema_version", "request", "status", "front", "recommended", "plans", "rejected", "search", "provenance"}
+RESULT_FIELDS = {
+    "schema_version",
+    "request",
+    "status",
+    "front",
+    "recommended",
+    "plans",
+    "rejected",
+    "search",
+    "provenance",
+}
 SEARCH_FIELDS = {"method", "space_size", "bounded", "simulated", "wall_s", "certified", "hypervolume", "seed"}
 METRICS = {
-    "ttft_s", "tpot_s", "itl_s", "e2e_s", "makespan_s", "output_tokens_per_s", "output_tokens_per_s_per_device",
+    "ttft_s", "tpot_s", "itl_s", "e2e_s", "makespan_s",
+    "output_tokens_per_s", "output_tokens_per_s_per_device",
     "requests_per_s", "goodput_rps", "energy_j", "energy_j_per_output_token", "power_w", "devices",
     "power_w_per_device", "usd_per_hour", "usd_per_million_output_tokens", "mfu", "mbu", "preemptions",
     "prefix_hit_rate",
@@ -122,21 +144,40 @@ def test_the_contract_holds() -> None:
     assert set(PlanningRequest.model_json_schema()["properties"]) >= REQUEST_FIELDS
     assert set(Plan.model_json_schema()["properties"]) >= PLAN_FIELDS
     assert set(PlanningResult.model_json_schema()["properties"]) >= RESULT_FIELDS
-    result = Planner().plan(
-        {
-            "model": "llama-3.2-1b",
-            "cluster": {"pools": [{"device": "h100-sxm-80gb", "devices_per_node": 1}]},
-            "workload": {"synthetic": {"preset": "chat", "requests": 20}},
-            "space": {"weights": ["bf16"]},
-        }
-    ).model_dump(mode="json")
+    result = (
+        Planner()
+        .plan(
+            {
+                "model": "llama-3.2-1b",
+                "cluster": {"pools": [{"device": "h100-sxm-80gb", "devices_per_node": 1}]},
+                "workload": {"synthetic": {"preset": "chat", "requests": 20}},
+                "space": {"weights": ["bf16"]},
+            }
+        )
+        .model_dump(mode="json")
+    )
     assert set(result) >= RESULT_FIELDS
     assert set(result["search"]) >= SEARCH_FIELDS
     entry = result["plans"][0]
-    assert set(entry) >= {"id", "plan", "meets_slo", "metrics", "memory_bytes_per_device", "interval", "breakdown_s"}
+    assert set(entry) >= {
+        "id",
+        "plan",
+        "meets_slo",
+        "metrics",
+        "memory_bytes_per_device",
+        "interval",
+        "breakdown_s",
+    }
     assert set(entry["metrics"]) >= METRICS
     assert set(entry["metrics"]["ttft_s"]) == {"mean", "p50", "p90", "p95", "p99"}
-    assert set(entry["memory_bytes_per_device"]) >= {"weights", "kv_cache", "activations", "runtime", "free", "capacity"}
+    assert set(entry["memory_bytes_per_device"]) >= {
+        "weights",
+        "kv_cache",
+        "activations",
+        "runtime",
+        "free",
+        "capacity",
+    }
     assert set(entry["breakdown_s"]) >= {"gemm", "attention", "moe", "communication", "host", "idle"}
     assert set(entry["interval"]) >= {"ttft_s", "tpot_s"}
     for row in result["provenance"]["cost_models"]:

@@ -201,6 +201,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                     "mixed_per_token_s",
                     "launch_s",
                     "mixed_graph_max_tokens",
+                    "overlap_s",
                 )
             }
         ),

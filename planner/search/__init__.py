@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hardware import InputError
 from planner.search.base import Judged, Outcome, Progress, Rejected, Searcher
-from planner.search.exhaustive import ExhaustiveSearch, front_of
+from planner.search.exhaustive import ExhaustiveSearch
+from planner.search.mcts import MctsSearch
+from planner.search.run import front_of
 
-SEARCHERS: dict[str, type[ExhaustiveSearch]] = {"exhaustive": ExhaustiveSearch}
+SEARCHERS: dict[str, Callable[[], Searcher]] = {"exhaustive": ExhaustiveSearch, "mcts": MctsSearch}
 
 
 def choose_searcher(method: str, path: str = "search.method") -> Searcher:
@@ -22,6 +26,7 @@ def choose_searcher(method: str, path: str = "search.method") -> Searcher:
 __all__ = [
     "ExhaustiveSearch",
     "Judged",
+    "MctsSearch",
     "Outcome",
     "Progress",
     "Rejected",

@@ -63,6 +63,9 @@ def generate(spec: Mapping[str, Any], field: str = "workload.synthetic") -> Work
     groups = int(_number(shared, "groups", f"{field}.shared_prefix", 1.0, least=1.0))
     group = rng.integers(0, groups, sessions) if prefix_tokens else np.zeros(sessions, np.int64)
     if prefix_tokens:
+        # Numbered by those drawn: a group that nobody is in needs no blocks.
+        drawn, group = np.unique(group, return_inverse=True)
+        groups = len(drawn)
         fresh[starts] = np.maximum(fresh[starts], prefix_tokens + 1)
 
     parent = np.arange(-1, n - 1, dtype=np.int64)

@@ -1,0 +1,384 @@
+"""Monte Carlo tree search over the sequence of a plan's decisions.
+
+For spaces too large to bound and simulate whole. A plan is a path: pool, tensor and pipeline degree,
+attention-data and expert degree, formats, replicas, then token budget and sequence cap. The tree is read
+off the space itself, so that a decision that a space learns later is one more level, not a change here.
+
+* Selection is PUCT (Silver et al., "Mastering the game of Go without human knowledge", 2017) with
+  progressive widening (Couetoux et al., "Continuous upper confidence trees", LION 2011).
+* Priors come from the admissible bounds of a few plans below a node. Each descent draws its own weights of
+  the objectives (Chebyshev scalarisation), so that all parts of a front are looked for, not its middle only.
+* Bounds are optimistic, and not alike for all objectives. What simulations below a node were above their
+  bounds on average corrects the bounds of its other plans; a plan so estimated to lie behind the front is
+  put off.
+* A simulated plan is rewarded by what it adds to the front: its additive epsilon distance (Zitzler et al.,
+  IEEE TEVC 2003) ahead of the front, or behind it.
+* A plan whose bound a simulated plan already beats is left out, as in the exhaustive search; a tree that is
+  used up has therefore proven its front.
+* Plans are shared: what was simulated once under one path counts for every other path to it.
+
+Several workers simulate a batch at a time, chosen under virtual losses; the batch is chosen before any of
+its results is known, so that a seed and a number of workers decide the whole search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import ceil, exp, sqrt
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.evaluate import Evaluator
+from planner.plans import PlanPoint, PlanSpace
+from planner.search.base import Clock, Judged, Outcome, ProgressCallback
+from planner.search.run import EQUAL, SearchRun, rounded
+
+FloatArray = npt.NDArray[np.float64]
+
+_EXPLORE = 1.5
+_WIDEN, _WIDEN_POWER = 2.0, 0.55
+#: Weight of the newest reward at least: the front moves, so old rewards flatter.
+_FORGET = 0.15
+#: Share of descents that look at one objective alone, for the ends of the front.
+_ALONE = 0.25
+#: How steeply a plan's worth falls with its epsilon distance behind the front, and rises ahead of it.
+_BEHIND, _AHEAD = 8.0, 40.0
+#: So many simulations below a node weigh as much as what the nodes above it know.
+_SHRINK = 30.0
+#: Exploration of nodes whose estimate is bad, which it may be by mistake.
+_DOUBT = 0.3
+
+
+@dataclass(slots=True, eq=False)
+class _Leaf:
+    """A plan that passed the gates. `place` is its place in the space's own order."""
+
+    point: PlanPoint
+    bound: FloatArray
+    place: tuple[int, int]
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """A decision taken. `groups` are the space's groups below it; `leaves` the plans of a single one."""
+
+    level: int
+    groups: list[int]
+    parent: _Node | None = None
+    children: list[_Node] | None = None
+    leaves: list[_Leaf] | None = None
+    prior: FloatArray | None = None
+    visits: int = 0
+    pending: int = 0
+    value: float = 0.0
+    #: Mean log of simulated / bound per objective, over the visits.
+    drift: FloatArray | None = None
+    done: bool = False
+    opened: list[_Node] = field(default_factory=list)
+
+
+class MctsSearch:
+    """Tree search, for as long as the budget lasts or until nothing is left.
+
+    `max_evaluations` stops it after so many simulations (for comparisons at equal effort).
+    """
+
+    name = "mcts"
+
+    def __init__(self, *, max_evaluations: int | None = None) -> None:
+        self.max_evaluations = max_evaluations
+
+    def search(
+        self,
+        evaluator: Evaluator,
+        space: PlanSpace,
+        objectives: Sequence[str],
+        *,
+        budget_s: float,
+        seed: int,
+        clock: Clock,
+        progress: ProgressCallback | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        workers: int = 1,
+    ) -> Outcome:
+        """See `Searcher.search`."""
+        start = clock()
+        run = SearchRun(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
+        tree = _Tree(run, seed, workers, self.max_evaluations)
+        run.order = tree.place
+        tree.grow()
+        outcome = run.outcome(self.name)
+        outcome.statistics = {"nodes": tree.nodes, "descents": tree.descents}
+        return outcome
+
+
+class _Tree:
+    """The tree, its rewards, and what of the space it has used up."""
+
+    def __init__(self, run: SearchRun, seed: int, workers: int, limit: int | None) -> None:
+        self.run, self.workers, self.limit = run, max(1, workers), limit
+        self.rng = np.random.default_rng(seed)
+        self.paths = [_path(layout, formats) for layout, formats in run.space.groups]
+        self.depth = max((len(path) for path in self.paths), default=0)
+        self.root = _Node(0, list(range(len(self.paths))))
+        self.low = np.full(len(run.objectives), np.inf)
+        self.high = np.full(len(run.objectives), -np.inf)
+        self.places: dict[str, tuple[int, int]] = {}
+        self.gated: dict[int, list[_Leaf]] = {}
+        self.hopeless: list[tuple[PlanPoint, float, tuple[int, int]]] = []
+        self.nodes = self.descents = 0
+
+    def place(self, item: Judged) -> tuple[int, int]:
+        """Where a simulated plan stands in the space's own order."""
+        return self.places[item.point.id]
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def grow(self) -> None:
+        """Descend, simulate, learn, until the tree, the budget or the limit is used up."""
+        run = self.run
+        run.exclude()
+        if self.workers == 1:
+            self._loop(lambda points: [run.evaluate(point) for point in points])
+        else:
+            with ThreadPoolExecutor(self.workers) as pool:
+                self._loop(lambda points: list(pool.map(run.evaluate, points)))
+        if self.root.done and run.complete:
+            self.hopeless.sort(key=lambda row: (row[1], row[2]))
+            run.nearest([(point, distance) for point, distance, _ in self.hopeless])
+
+    def _loop(self, evaluate: Callable[[list[PlanPoint]], list[Judged]]) -> None:
+        run = self.run
+        while not self.root.done and not run.stop(done=len(run.judged)):
+            room = self.workers if self.limit is None else min(self.workers, self.limit - len(run.judged))
+            if room <= 0:
+                run.complete, run.reason = False, f"stopped after {len(run.judged)} simulations"
+                return
+            batch: list[tuple[_Node, _Leaf]] = []
+            while len(batch) < room and not self.root.done:
+                found = self._descend()
+                if found is None:
+                    if run.stop(done=len(run.judged) + len(batch)):
+                        break
+                    continue
+                batch.append(found)
+                self._visit(found[0], +1)
+            if not batch:
+                continue
+            for (node, leaf), item in zip(batch, evaluate([leaf.point for _, leaf in batch]), strict=True):
+                self._visit(node, -1)
+                self._learn(node, self._reward(item), _drift(item, leaf.bound))
+                run.keep(item)
+
+    # --- one descent --------------------------------------------------------------------------
+
+    def _descend(self) -> tuple[_Node, _Leaf] | None:
+        """A plan to simulate, taken out of its node; None when the descent used something up instead."""
+        self.descents += 1
+        weights = self._weights()
+        node = self.root
+        while True:
+            if node.level == self.depth or len(node.groups) == 1:
+                leaf = self._take(node, weights)
+                self._finish(node)
+                return None if leaf is None else (node, leaf)
+            if node.children is None:
+                self._expand(node)
+            child = self._choose(node, weights)
+            if child is None:
+                self._finish(node)
+                return None
+            node = child
+
+    def _weights(self) -> FloatArray:
+        count = len(self.run.objectives)
+        if self.rng.random() < _ALONE:
+            alone = np.full(count, 0.02)
+            alone[self.rng.integers(count)] = 1.0
+            return alone
+        return np.asarray(self.rng.dirichlet(np.ones(count)), dtype=np.float64)
+
+    def _estimate(self, bound: FloatArray, node: _Node | None) -> FloatArray:
+        """Bounds, corrected by what simulations below a node were above theirs; few lean on those above."""
+        drift, weight = np.zeros(len(self.low)), 0.0
+        while node is not None:
+            if node.drift is not None:
+                share = node.visits / (node.visits + _SHRINK)
+                drift, weight = drift + (1.0 - weight) * share * node.drift, weight + (1.0 - weight) * share
+            node = node.parent
+        return np.asarray(bound * np.exp(drift), dtype=np.float64)
+
+    def _scores(self, vectors: FloatArray, weights: FloatArray) -> FloatArray:
+        """[n] how near plans [n, m] are to the ideal point under these weights, and how far ahead of the
+        front; 1 at best."""
+        span = np.where(self.high > self.low, self.high - self.low, 1.0)
+        far = (weights * np.maximum(-0.25, (vectors - self.low) / span)).max(axis=1) / weights.max()
+        scores = np.exp(-3.0 * far)
+        front = self.run.front_values
+        if len(front):
+            behind = ((vectors[:, None, :] - front[None]) / span).max(axis=2).min(axis=1)
+            scores *= _gain(behind)
+        return np.asarray(scores, dtype=np.float64)
+
+    def _choose(self, node: _Node, weights: FloatArray) -> _Node | None:
+        alive = [child for child in node.children or () if not child.done]
+        if not alive:
+            return None
+        visits = sum(child.visits + child.pending for child in alive)
+        allowed = ceil(_WIDEN * (visits + 1) ** _WIDEN_POWER)
+        opened = [child for child in node.opened if not child.done]
+        if len(opened) < min(allowed, len(alive)):
+            fresh = [child for child in alive if not any(child is other for other in opened)]
+            best = max(fresh, key=lambda child: self._prior(child, weights))
+            node.opened.append(best)
+            return best
+
+        def worth(child: _Node) -> float:
+            tried = child.visits + child.pending
+            prior = self._prior(child, weights)
+            # A simulation under way counts as a visit without reward.
+            mean = (child.value * child.visits / tried if tried else prior) * (0.5 + 0.5 * prior)
+            return mean + _EXPLORE * (_DOUBT + prior) * sqrt(visits + 1.0) / (1.0 + tried)
+
+        return max(opened, key=worth)
+
+    def _prior(self, node: _Node, weights: FloatArray) -> float:
+        if node.prior is None:
+            node.prior = self._probe(node)
+        if not len(node.prior):
+            return 0.0
+        return float(self._scores(self._estimate(node.prior, node), weights).max())
+
+    def _probe(self, node: _Node) -> FloatArray:
+        """[n, m] bounds of the plans of a few groups below a node, spread over them."""
+        count = len(node.groups)
+        picked = {round(share * (count - 1)) for share in (0.0, 1 / 3, 2 / 3, 1.0)}
+        found = [leaf.bound for index in sorted(picked) for leaf in self._leaves(node.groups[index])]
+        return np.array(found).reshape(len(found), len(self.low))
+
+    # --- the tree's parts ---------------------------------------------------------------------
+
+    def _expand(self, node: _Node) -> None:
+        parts: dict[Any, list[int]] = {}
+        for group in node.groups:
+            path = self.paths[group]
+            parts.setdefault(path[node.level] if node.level < len(path) else None, []).append(group)
+        node.children = [_Node(node.level + 1, groups, node) for groups in parts.values()]
+        self.nodes += len(node.children)
+
+    def _leaves(self, group: int) -> list[_Leaf]:
+        """The plans of a group that can run and may meet the SLO, gated once."""
+        if group not in self.gated:
+            run = self.run
+            passed, rejected = run.gate(group)
+            run.rejected += rejected
+            run.rejected_plans += sum(item.plans for item in rejected)
+            leaves = []
+            for index, (point, bound, distance) in enumerate(passed):
+                self.places[point.id] = (group, index)
+                self.low, self.high = np.minimum(self.low, bound), np.maximum(self.high, bound)
+                if distance > EQUAL:
+                    self.hopeless.append((point, distance, (group, index)))
+                else:
+                    leaves.append(_Leaf(point, bound, (group, index)))
+            self.gated[group] = leaves
+            run.tell("tree search")
+        return self.gated[group]
+
+    def _take(self, node: _Node, weights: FloatArray) -> _Leaf | None:
+        """The most promising plan left of a node, after those that the front has beaten are dropped."""
+        if node.leaves is None:
+            node.leaves = [leaf for group in node.groups for leaf in self._leaves(group)]
+        alive = [leaf for leaf in node.leaves if not self._beaten(leaf)]
+        self.run.bounded += len(node.leaves) - len(alive)
+        node.leaves = alive
+        if not alive:
+            return None
+        bounds = np.array([leaf.bound for leaf in alive])
+        return alive.pop(int(self._scores(self._estimate(bounds, node), weights).argmax()))
+
+    def _beaten(self, leaf: _Leaf) -> bool:
+        """Whether the front makes a plan superfluous.
+
+        A plan that could only equal a point of the front is kept if it comes first in the space's order:
+        so the front that is found does not depend on the order of the search.
+        """
+        run = self.run
+        if not run.beaten(leaf.bound):
+            return False
+        slack = EQUAL * np.abs(leaf.bound)
+        beats = np.all(run.front_values <= leaf.bound + slack, axis=1)
+        strictly = beats & np.any(run.front_values < leaf.bound - slack, axis=1)
+        if bool(strictly.any()):
+            return True
+        return any(
+            hit and self.place(item) < leaf.place for hit, item in zip(beats, run.incumbents, strict=True)
+        )
+
+    def _finish(self, node: _Node) -> None:
+        """Mark a node, and those above it, when nothing is left of them."""
+        at: _Node | None = node
+        while at is not None:
+            if at.leaves is not None:
+                at.done = not at.leaves
+            elif at.children is not None:
+                at.done = all(child.done for child in at.children)
+            if not at.done:
+                return
+            at = at.parent
+
+    def _visit(self, node: _Node, change: int) -> None:
+        at: _Node | None = node
+        while at is not None:
+            at.pending += change
+            at = at.parent
+
+    # --- learning -----------------------------------------------------------------------------
+
+    def _reward(self, item: Judged) -> float:
+        """What a simulated plan adds to the front that was known before it: 0 to 1."""
+        values, run = np.array(rounded(item.objectives)), self.run
+        if not item.meets_slo:
+            return 0.25 * exp(-_BEHIND * item.distance)
+        if not len(run.front_values):
+            return 1.0
+        span = np.where(self.high > self.low, self.high - self.low, 1.0)
+        return float(_gain(((values - run.front_values) / span).max(axis=1).min()))
+
+    def _learn(self, node: _Node, reward: float, drift: FloatArray) -> None:
+        at: _Node | None = node
+        while at is not None:
+            at.visits += 1
+            at.value += max(1.0 / at.visits, _FORGET) * (reward - at.value)
+            at.drift = drift if at.drift is None else at.drift + (drift - at.drift) / at.visits
+            at = at.parent
+
+
+def _gain(behind: Any) -> Any:
+    """Worth of plans so far behind the front (additive epsilon in spans; negative: ahead); 1/2 on it."""
+    ahead = 1.0 - 0.5 * np.exp(_AHEAD * np.minimum(behind, 0.0))
+    return np.where(behind > 0, 0.5 * np.exp(-_BEHIND * np.maximum(behind, 0.0)), ahead)
+
+
+def _drift(item: Judged, bound: FloatArray) -> FloatArray:
+    """Log of simulated over bound, per objective; 0 where a ratio means nothing."""
+    values = np.array(item.objectives)
+    sound = (bound * values > 0) & (np.abs(bound) > 1e-300)
+    ratio = np.divide(values, bound, out=np.ones_like(values), where=sound)
+    return np.asarray(np.clip(np.log(ratio), -3.0, 3.0), dtype=np.float64)
+
+
+def _path(layout: Any, formats: tuple[str, str, str]) -> tuple[Any, ...]:
+    """A group's decisions, in the order in which the tree takes them."""
+    degrees = layout.degrees
+    return (
+        layout.pool,
+        (degrees.tensor, degrees.pipeline),
+        (degrees.attention_data, degrees.expert),
+        formats,
+        layout.replicas,
+    )

@@ -1,0 +1,275 @@
+"""What every searcher does alike: gates, bounds, simulation, incumbents, progress, the outcome."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from planner.evaluate import Evaluator
+from planner.objectives import objective_vector, slo_distance_bound, slo_misses
+from planner.pareto import non_dominated, normalise
+from planner.plans import PlanPoint, PlanSpace
+from planner.search.base import Clock, Judged, Outcome, Progress, ProgressCallback, Rejected
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Bounds and simulated values are sums of floats in different order: what differs by less is equal.
+EQUAL = 1e-9
+#: Least time between two reports of progress, in s; the last one always comes.
+_REPORT_S = 0.05
+#: Share of the budget that bounds may take.
+_BOUND_SHARE = 0.5
+#: How many plans nearest to the SLO are simulated when none can meet it.
+_NEAREST = 5
+
+
+@dataclass(slots=True)
+class Candidates:
+    """Plans that pass the gates, with what bounds say of them."""
+
+    points: list[PlanPoint]
+    bounds: FloatArray  # [n, m]
+    distance: FloatArray  # [n] least possible SLO miss
+
+
+class SearchRun:
+    """The state of one search."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        space: PlanSpace,
+        objectives: tuple[str, ...],
+        clock: Clock,
+        start: float,
+        budget_s: float,
+        progress: ProgressCallback | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> None:
+        self.evaluator, self.space, self.objectives = evaluator, space, objectives
+        self.clock, self.start, self.budget_s = clock, start, budget_s
+        self.report, self.is_cancelled = progress, cancelled
+        self.judged: list[Judged] = []
+        self.rejected: list[Rejected] = []
+        self.rejected_plans = sum(item.plans for item in space.excluded)
+        self.bounded = 0
+        self.complete = True
+        self.reason = ""
+        self.incumbents: list[Judged] = []
+        self.front_values: FloatArray = np.empty((0, len(objectives)))
+        self._last_report = -1.0
+        #: Of plans with equal values the front keeps the first by this; None: the first simulated.
+        self.order: Callable[[Judged], Any] | None = None
+
+    # --- gates and bounds ---------------------------------------------------------------------
+
+    def collect(self, seed: int) -> Candidates:
+        """Every plan through the memory gate, with its bounds, in the order of the space."""
+        self.exclude()
+        order = list(range(len(self.space.groups)))
+        random.Random(seed).shuffle(order)
+        found: list[tuple[int, PlanPoint, FloatArray, float]] = []
+        refused: list[tuple[int, list[Rejected]]] = []
+        for group in order:
+            if self.stop(_BOUND_SHARE, done=len(found)):
+                break
+            passed, rejected = self.gate(group)
+            found += [(group, *row) for row in passed]
+            refused.append((group, rejected))
+            self.rejected_plans += sum(item.plans for item in rejected)
+            self.tell("bounds")
+        # The sort is stable: within a group plans keep their order, engine defaults first.
+        found.sort(key=lambda row: row[0])
+        for _, rows in sorted(refused, key=lambda row: row[0]):
+            self.rejected += rows
+        return Candidates(
+            [row[1] for row in found],
+            np.array([row[2] for row in found]),
+            np.array([row[3] for row in found]),
+        )
+
+    def exclude(self) -> None:
+        """Note what the space itself leaves out."""
+        for item in self.space.excluded:
+            example = next(self.space.points(item.layout, item.formats or ("bf16",) * 3))
+            self.rejected.append(Rejected(example, item.reason, item.plans))
+
+    def gate(self, group: int) -> tuple[list[tuple[PlanPoint, FloatArray, float]], list[Rejected]]:
+        """(plan, bounds on the objectives, least SLO miss) of a group's plans that can run; the others."""
+        passed: list[tuple[PlanPoint, FloatArray, float]] = []
+        reasons: dict[str, list[PlanPoint]] = {}
+        for point in self.space.points(*self.space.groups[group]):
+            reason = self.evaluator.reject(point)
+            if reason:
+                reasons.setdefault(reason, []).append(point)
+                continue
+            bounds = self.evaluator.bounds(point)
+            vector = self.evaluator.bound_vector(point, self.objectives, bounds)
+            passed.append((point, vector, slo_distance_bound(self.evaluator.slo, bounds)))
+        return passed, [Rejected(plans[0], reason, len(plans)) for reason, plans in reasons.items()]
+
+    # --- simulation ---------------------------------------------------------------------------
+
+    def simulate(self, candidates: Candidates, *, prune: bool, workers: int) -> None:
+        """Simulate what the bounds cannot exclude, most promising first."""
+        if not candidates.points:
+            return
+        scores = normalise(candidates.bounds).sum(axis=1)
+        order = sorted(
+            range(len(candidates.points)), key=lambda i: (candidates.distance[i] > 0, scores[i], i)
+        )
+        if prune:
+            hopeless = [i for i in order if candidates.distance[i] > EQUAL]
+            order = [i for i in order if candidates.distance[i] <= EQUAL]
+        else:
+            hopeless = []
+        self._judge_all(candidates, order, prune=prune, workers=workers)
+        hopeless.sort(key=lambda i: (candidates.distance[i], scores[i], i))
+        self.nearest([(candidates.points[i], float(candidates.distance[i])) for i in hopeless])
+
+    def nearest(self, hopeless: Sequence[tuple[PlanPoint, float]]) -> None:
+        """What to do with plans that cannot meet the SLO (each with its least possible miss, ascending).
+
+        They matter only when nothing meets it: then those that may miss by the least are run.
+        """
+        if any(item.meets_slo for item in self.judged):
+            self.bounded += len(hopeless)
+            return
+        for position, (point, distance) in enumerate(hopeless):
+            nearest = sorted(item.distance for item in self.judged)[:_NEAREST]
+            if len(nearest) == _NEAREST and distance >= nearest[-1]:
+                self.bounded += len(hopeless) - position
+                return
+            if self.stop(done=len(self.judged)):
+                return
+            self.keep(self.evaluate(point))
+
+    def _judge_all(self, candidates: Candidates, order: list[int], *, prune: bool, workers: int) -> None:
+        if workers <= 1:
+            for index in self._alive(candidates, order, prune):
+                self.keep(self.evaluate(candidates.points[index]))
+            return
+        # The compiled simulator releases the interpreter lock, so threads share tables and workload.
+        with ThreadPoolExecutor(workers) as pool:
+            alive = self._alive(candidates, order, prune)
+            while True:
+                batch = [index for _, index in zip(range(2 * workers), alive, strict=False)]
+                if not batch:
+                    return
+                for item in pool.map(lambda i: self.evaluate(candidates.points[i]), batch):
+                    self.keep(item)
+
+    def _alive(self, candidates: Candidates, order: list[int], prune: bool) -> Iterator[int]:
+        for index in order:
+            if self.stop(done=len(self.judged)):
+                return
+            if prune and self.beaten(candidates.bounds[index]):
+                self.bounded += 1
+                continue
+            yield index
+
+    def beaten(self, bound: FloatArray) -> bool:
+        """Whether a simulated plan is nowhere worse than a plan with this bound can be."""
+        if not len(self.front_values):
+            return False
+        return bool(np.any(np.all(self.front_values <= bound + EQUAL * np.abs(bound), axis=1)))
+
+    def evaluate(self, point: PlanPoint) -> Judged:
+        """Simulate a plan."""
+        evaluation = self.evaluator.evaluate(point, interval=False)
+        return Judged(
+            evaluation,
+            tuple(float(v) for v in objective_vector(self.objectives, evaluation.metrics)),
+            tuple(slo_misses(self.evaluator.slo, evaluation.metrics)),
+        )
+
+    def keep(self, item: Judged) -> None:
+        """Take a simulated plan in, and update the incumbents."""
+        self.judged.append(item)
+        if item.meets_slo:
+            own = np.array(rounded(item.objectives))
+            if not bool(np.any(np.all(self.front_values <= own, axis=1))):
+                stay = ~np.all(own <= self.front_values, axis=1)
+                self.front_values = np.vstack([self.front_values[stay], own])
+                self.incumbents = [kept for kept, stays in zip(self.incumbents, stay, strict=True) if stays]
+                self.incumbents.append(item)
+            elif self.order is not None:
+                for index in np.flatnonzero(np.all(self.front_values == own, axis=1)):
+                    if self.order(item) < self.order(self.incumbents[index]):
+                        self.incumbents[index] = item
+        self.tell("simulating")
+
+    # --- ends and reports ---------------------------------------------------------------------
+
+    def stop(self, share: float = 1.0, *, done: int) -> bool:
+        """Whether the search was cancelled, or has used `share` of its budget with something `done`.
+
+        One plan at least is bounded and simulated, so that even the smallest budget has an answer.
+        """
+        if self.is_cancelled is not None and self.is_cancelled():
+            self.complete, self.reason = False, "cancelled"
+            return True
+        if done and self.clock() - self.start > share * self.budget_s:
+            self.complete, self.reason = False, f"the budget of {self.budget_s:g} s ran out"
+            return True
+        return False
+
+    def tell(self, phase: str, *, always: bool = False) -> None:
+        """Report progress, not too often."""
+        if self.report is None:
+            return
+        now = self.clock() - self.start
+        if not always and now - self._last_report < _REPORT_S:
+            return
+        self._last_report = now
+        self.report(
+            Progress(
+                phase=phase,
+                space_size=len(self.space),
+                considered=self.rejected_plans + self.bounded + len(self.judged),
+                rejected=self.rejected_plans,
+                bounded=self.bounded,
+                simulated=len(self.judged),
+                front=len(self.front_values),
+                elapsed_s=now,
+                best=tuple(self.incumbents) or tuple(front_of(self.judged)),
+            )
+        )
+
+    def outcome(self, method: str) -> Outcome:
+        """The front of what was simulated, and whether it is that of the whole space."""
+        self.tell("done", always=True)
+        ranked = self.judged if self.order is None else sorted(self.judged, key=self.order)
+        return Outcome(
+            method=method,
+            space_size=len(self.space),
+            judged=self.judged,
+            front=front_of(ranked),
+            rejected=self.rejected,
+            bounded=self.bounded,
+            simulated=len(self.judged),
+            certified=self.complete,
+            wall_s=self.clock() - self.start,
+            reason=self.reason,
+        )
+
+
+def rounded(values: Sequence[float]) -> tuple[float, ...]:
+    """Values to nine significant digits: what differs by less is one trade-off, not two."""
+    return tuple(float(f"{value:.9g}") for value in values)
+
+
+def front_of(judged: Sequence[Judged]) -> list[Judged]:
+    """The Pareto front of the plans that meet the SLO; without any, the nearest misses."""
+    meeting = [item for item in judged if item.meets_slo]
+    if not meeting:
+        nearest = sorted(judged, key=lambda item: (item.distance, item.objectives))
+        return nearest[:_NEAREST]
+    values = np.array([rounded(item.objectives) for item in meeting])
+    return sorted((meeting[i] for i in non_dominated(values)), key=lambda item: item.objectives)
