@@ -6,6 +6,7 @@ itself, so that one answer names everything that has to change.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ from hardware import InputError, build_cluster, load_catalog
 from planner import PlanningRequest, parse_plan, parse_request
 from planner.engines import load_profile
 from planner.models import load_model
+from planner.request import Synthetic
 from planner.workload import load_workload
+from planner.workload.presets import PRESETS
 
 #: Where relative paths would start: a device file, below which no path can exist.
 NOWHERE = Path(os.devnull)
@@ -57,7 +60,9 @@ def _limits(request: PlanningRequest, settings: Settings) -> list[InputError]:
         devices += pool.nodes * (pool.devices_per_node or 1)
     if devices > settings.max_devices:
         found.append(
-            InputError("cluster", f"at most {settings.max_devices} devices are planned for here, not {devices}")
+            InputError(
+                "cluster", f"at most {settings.max_devices} devices are planned for here, not {devices}"
+            )
         )
     if request.workload.trace is not None:
         found.append(InputError("workload.trace.path", _NO_FILES))
@@ -70,7 +75,51 @@ def _limits(request: PlanningRequest, settings: Settings) -> list[InputError]:
                 f"not {synthetic.requests}",
             )
         )
+    elif synthetic is not None:
+        tokens = _expected_tokens(synthetic)
+        if tokens > settings.max_workload_tokens:
+            found.append(
+                InputError(
+                    "workload.synthetic",
+                    f"at most {settings.max_workload_tokens} tokens are simulated here, "
+                    f"and this comes to about {tokens:.3g}",
+                    "ask for fewer requests or shorter ones",
+                )
+            )
+    choices = math.prod(len(values) for values in request.space.model_dump(exclude_none=True).values())
+    if choices > settings.max_space_choices:
+        found.append(
+            InputError(
+                "space",
+                f"the limits may combine to at most {settings.max_space_choices} choices here, not {choices}",
+            )
+        )
     return found
+
+
+def _expected_tokens(synthetic: Synthetic) -> float:
+    """About how many tokens a simulation goes through: what its time and memory follow."""
+    spec = synthetic.model_dump(exclude_none=True)
+    name = spec.get("preset")
+    if name in PRESETS:
+        spec = {**PRESETS[name], **spec}
+    fresh = max(_mean_tokens(spec.get("input_tokens")), (spec.get("shared_prefix") or {}).get("tokens", 0))
+    # A turn's input holds all that was said before; conversations have a geometric number of turns,
+    # so over all turns that is as many earlier turns as a conversation has on average.
+    turns: float = (spec.get("turns") or {}).get("mean", 1.0)
+    total: float = spec.get("requests", 0) * turns * (fresh + _mean_tokens(spec.get("output_tokens")))
+    return total
+
+
+def _mean_tokens(lengths: Mapping[str, Any] | None) -> float:
+    if not lengths:
+        return 0.0
+    if lengths.get("values"):
+        return float(sum(lengths["values"]) / len(lengths["values"]))
+    if lengths["distribution"] == "uniform":
+        return float(lengths.get("low", 0) + lengths.get("high", 0)) / 2
+    mean = lengths.get("mean", 0.0) + lengths.get("min", 0)  # a lower bound lifts the mean
+    return float(lengths.get("value") or min(mean, lengths.get("max", mean)))
 
 
 def find_problems(data: Any, settings: Settings) -> Problems:
@@ -89,7 +138,9 @@ def find_problems(data: Any, settings: Settings) -> Problems:
         found += _collect(lambda: parse_plan(plan))
     form = _collect(lambda: parse_request(body))
     broken = {re.split(r"[.\[]", path)[0] for path, _ in form}
-    sound = {key: value for key, value in body.items() if key in PlanningRequest.model_fields and key not in broken}
+    sound = {
+        key: value for key, value in body.items() if key in PlanningRequest.model_fields and key not in broken
+    }
     request = parse_request(_STAND_IN | sound)
     limits = [pair for error in _limits(request, settings) for pair in problems_of(error)]
     limited = {re.split(r"[.\[]", path)[0] for path, _ in limits}

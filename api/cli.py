@@ -158,6 +158,19 @@ def _workers(given: int | None) -> int:
     return given
 
 
+def _check_target(target: str | None) -> None:
+    """Refuse what cannot be written before the work and not after it."""
+    from hardware.errors import InputError
+
+    if target in (None, "-"):
+        return
+    path = Path(str(target))
+    if path.is_dir():
+        raise InputError(str(target), "is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise InputError(str(target), "cannot be written: its folder does not exist")
+
+
 def _write(target: str, text: str) -> None:
     """To a file by way of a temporary one beside it, so that a kill leaves no half result."""
     from hardware.errors import InputError
@@ -182,8 +195,10 @@ def _plan(given: argparse.Namespace) -> int:
     from hardware.errors import InputError
 
     data, base = read_document(given.request)
-    if isinstance(data, dict) and (given.method or given.budget is not None):
-        search = dict(data.get("search") or {})
+    search = (data.get("search") or {}) if isinstance(data, dict) else None
+    # What is no mapping is the request's own error, told when it is read.
+    if isinstance(search, dict) and (given.method or given.budget is not None):
+        search = dict(search)
         if given.method:
             search["method"] = given.method
         if given.budget is not None:
@@ -191,6 +206,8 @@ def _plan(given: argparse.Namespace) -> int:
         data = {**data, "search": search}
     if given.json == "-" and given.html == "-":
         raise InputError("--html", "only one of --json and --html can go to standard output")
+    _check_target(given.json)
+    _check_target(given.html)
     workers = _workers(given.workers)
     from api.terminal import ProgressLine, show_result
     from planner.pipeline import Planner
@@ -214,13 +231,18 @@ def _plan(given: argparse.Namespace) -> int:
 def _evaluate(given: argparse.Namespace) -> int:
     from api.evaluate import answer_file, encode
     from api.files import open_file, read_document
+    from hardware.errors import InputError
 
+    _check_target(given.json)
     path = Path(given.file)
     if path.suffix.lower() == ".jsonl":
         open_file(path).close()
         target = None
         if given.json and given.json != "-":
-            target = Path(given.json).open("w", encoding="utf-8")  # noqa: SIM115 -- closed below
+            try:
+                target = Path(given.json).open("w", encoding="utf-8")  # noqa: SIM115 -- closed below
+            except OSError as error:
+                raise InputError(given.json, f"cannot be written: {error.strerror}") from error
         try:
             for line in answer_file(path, _workers(given.workers)):
                 print(line, file=target or sys.stdout, flush=target is None)
@@ -229,7 +251,6 @@ def _evaluate(given: argparse.Namespace) -> int:
                 target.close()
         return DONE
     data, base = read_document(given.file)
-    from hardware.errors import InputError
     from planner.pipeline import Planner
 
     answer = {

@@ -1,7 +1,7 @@
 """Reading request files: YAML or JSON, safely and with bounds.
 
-YAML is read with a safe loader that refuses duplicate keys and many aliases (a few lines of nested
-aliases expand to gigabytes); JSON refuses duplicate keys and the constants that are no numbers.
+YAML is read with a safe loader that refuses duplicate keys and aliases that multiply (a few lines of
+them stand for gigabytes); JSON refuses duplicate keys and the constants that are no numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from hardware.errors import InputError
 
 MAX_FILE_BYTES = 64 << 20
 MAX_LINE_BYTES = 16 << 20
-MAX_ALIASES = 100
+#: Lists and mappings within each other: the C loader calls itself for each, and no error ends its stack.
+MAX_DEPTH = 100
+#: Values that aliases may multiply a YAML document to.
+MAX_EXPANDED = 200_000
 
 
 def read_document(name: str) -> tuple[Any, Path]:
@@ -38,7 +41,7 @@ def open_file(path: Path) -> IO[bytes]:
     try:
         if path.is_dir():
             raise InputError(str(path), "is a folder, not a file")
-        return path.open("rb")
+        return path.open("rb", buffering=1 << 20)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -95,15 +98,6 @@ def _parse_yaml(text: str, name: str) -> Any:
     base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     class Loader(base):  # type: ignore[misc]
-        aliases = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                self.aliases += 1
-                if self.aliases > MAX_ALIASES:
-                    raise InputError(name, f"uses more than {MAX_ALIASES} YAML aliases")
-            return super().compose_node(parent, index)
-
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[Any] = set()
             for key_node, _ in node.value:
@@ -115,9 +109,17 @@ def _parse_yaml(text: str, name: str) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
+        depth = 0
+        for event in yaml.parse(text, Loader=base):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise InputError(name, f"is nested deeper than {MAX_DEPTH} levels")
         loader = Loader(text)
         try:
-            return loader.get_single_data()
+            node = loader.get_single_node()
+            if "&" in text:  # there may be aliases
+                _expanded(node, name, {})
+            return None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -132,6 +134,30 @@ def _parse_yaml(text: str, name: str) -> Any:
         raise InputError(name, f"is not readable YAML: {reason}"[:300]) from error
 
 
+def _expanded(node: Any, name: str, known: dict[int, int]) -> int:
+    """Values in a YAML node with every alias written out. Raises InputError where that is too many.
+
+    Who walks a document of nested aliases, if only to merge keys or to show it in an error, never comes
+    back. `known`: counts of lists and mappings by identity, -1 while one is being counted.
+    """
+    if not isinstance(getattr(node, "value", None), list):
+        return 1
+    count = known.get(id(node))
+    if count is None:
+        known[id(node)] = -1
+        count = 1
+        for item in node.value:
+            # An item of a list is a node, one of a mapping a pair of them.
+            for inner in item if isinstance(item, tuple) else (item,):
+                count += _expanded(inner, name, known)
+        known[id(node)] = count
+    if count < 0:
+        raise InputError(name, "holds a YAML alias of itself")
+    if count > MAX_EXPANDED:
+        raise InputError(name, f"comes to more than {MAX_EXPANDED} values with its YAML aliases written out")
+    return count
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     """(number, text) of each line that is not blank; None for one above the bound, which is skipped
     without being held in memory."""
@@ -144,7 +170,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             number += 1
             if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE_BYTES)
+                    line = file.readline(1 << 16)
                 yield number, None
             elif line.strip():
                 yield number, line

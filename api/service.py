@@ -6,11 +6,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any, TypeVar
 
 from api.checks import NOWHERE, Problems, admit, find_problems
 from api.desk import Desk
-from api.errors import problems_of, unprocessable
+from api.errors import ApiError, problems_of, unprocessable
 from api.settings import Settings
 from hardware import InputError, catalog_rows
 from planner import Planner, PlanningResult
@@ -60,6 +61,8 @@ class Service:
         request = admit(data, self.settings)
 
         def work(planner: Planner) -> PlanningResult:
+            if stop is not None and stop.is_set():  # while it waited: nobody is there for an answer
+                raise ApiError(503, "The client has gone away.", kind="gone")
             # A search that looks at its clock seldom is still stopped, a little later.
             deadline = time.monotonic() + 1.25 * request.search.budget_s + 1.0
 
@@ -77,11 +80,12 @@ class Service:
             raise InputError("", "the body is a planning request with a `plan`")
         if "plan" not in data:
             raise InputError("plan", "this field is required: evaluate judges one plan")
+        ident = data.get("id")
+        if isinstance(ident, bool) or not isinstance(ident, (str, int, NoneType)):
+            raise InputError("id", "must be text or a whole number")
         body = {key: value for key, value in data.items() if key not in ("plan", "id")}
         request = admit(body, self.settings)
-        answer = await self._told(
-            data, self._quick, lambda planner: planner.evaluate(request, data["plan"])
-        )
+        answer = await self._told(data, self._quick, lambda planner: planner.evaluate(request, data["plan"]))
         return {"id": data["id"], **answer} if "id" in data else answer
 
     async def problems(self, data: Any) -> Problems:

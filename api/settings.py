@@ -17,13 +17,16 @@ class Settings:
     """Limits of one process. `PLANFRONT_MAX_BODY_BYTES` sets `max_body_bytes`, and so on.
 
     A planning request from the network may ask for any amount of work, so every amount has a cap:
-    bytes of a body, seconds of a search, requests of a workload, devices of a cluster, searches at
-    once. What waits beyond `search_waiting` (or `quick_waiting`) is told to come back later.
+    bytes of a body, seconds of a search, requests and tokens of a workload, devices of a cluster,
+    combined limits of a plan space, searches at once. What waits beyond `search_waiting` (or
+    `quick_waiting`) is told to come back later.
     """
 
     max_body_bytes: int = 1_048_576
     max_budget_s: float = 60.0
     max_workload_requests: int = 100_000
+    max_workload_tokens: int = 200_000_000
+    max_space_choices: int = 10_000
     max_devices: int = 8_192
     search_threads: int = 1
     search_waiting: int = 4

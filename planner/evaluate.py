@@ -302,6 +302,20 @@ class Evaluator:
 
     def bounds(self, point: PlanPoint) -> dict[str, float]:
         """Admissible bounds on the plan's metrics (see `planner.bounds`)."""
+        device = self.cluster.pool(point.pool).device
+        return metric_bounds(
+            self._work(point),
+            replicas=point.replicas,
+            devices=point.devices,
+            idle_w=device.idle_w,
+            usd_per_hour=self.price(point),
+        )
+
+    def work_bound_s(self, point: PlanPoint) -> float:
+        """Seconds that one worker needs at the least for all requests: no rate is above requests / this."""
+        return max(self._work(point).work_s, 1e-12)
+
+    def _work(self, point: PlanPoint) -> WorkBounds:
         memory = self.memory(point)
         at_once = min(point.max_num_seqs * point.attention_data, len(self.workload))
         room = at_once * (self.longest_sequence_tokens + self.engine.block_tokens)
@@ -320,14 +334,7 @@ class Evaluator:
                 max_num_batched_tokens=point.max_num_batched_tokens,
                 preemption=preemption,
             )
-        device = self.cluster.pool(point.pool).device
-        return metric_bounds(
-            work,
-            replicas=point.replicas,
-            devices=point.devices,
-            idle_w=device.idle_w,
-            usd_per_hour=self.price(point),
-        )
+        return work
 
     def bound_vector(self, point: PlanPoint, objectives: tuple[str, ...], bounds: Mapping[str, float]) -> Any:
         """[m] optimistic objective values of a plan."""

@@ -54,14 +54,16 @@ Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """Frozen, no unknown fields, no NaN."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 # --- what is asked -------------------------------------------------------------------------
 
 
-class Engine(_Model):
+class Engine(StrictModel):
     """The serving engine; without a version its newest profile."""
 
     name: EngineName = "vllm"
@@ -74,7 +76,7 @@ class Engine(_Model):
         return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-class PoolRequest(_Model):
+class PoolRequest(StrictModel):
     """A pool of equal devices, or a topology file (command line only)."""
 
     name: str = "main"
@@ -90,13 +92,13 @@ class PoolRequest(_Model):
         return self
 
 
-class InterNode(_Model):
+class InterNode(StrictModel):
     """The network between nodes, by its catalog name."""
 
     kind: str
 
 
-class ClusterRequest(_Model):
+class ClusterRequest(StrictModel):
     """The machines; several pools make a heterogeneous cluster."""
 
     pools: Annotated[tuple[PoolRequest, ...], Field(min_length=1, max_length=64)]
@@ -111,7 +113,7 @@ class ClusterRequest(_Model):
         return self
 
 
-class TraceRequest(_Model):
+class TraceRequest(StrictModel):
     """A recorded trace; the format is told by its content."""
 
     path: str
@@ -121,7 +123,7 @@ class TraceRequest(_Model):
     on_bad_row: Literal["refuse", "skip"] = "refuse"
 
 
-class Arrivals(_Model):
+class Arrivals(StrictModel):
     """When requests come. `closed`: `concurrency` clients, each waiting for its answer."""
 
     process: Literal["poisson", "gamma", "constant", "burst", "closed"]
@@ -134,7 +136,7 @@ class Arrivals(_Model):
     size: PositiveInt | None = None
 
 
-class Lengths(_Model):
+class Lengths(StrictModel):
     """How long inputs or outputs are, in tokens."""
 
     distribution: Literal["constant", "uniform", "lognormal", "empirical"]
@@ -148,21 +150,21 @@ class Lengths(_Model):
     values: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=1_000_000)] | None = None
 
 
-class SharedPrefix(_Model):
+class SharedPrefix(StrictModel):
     """Prompts of one group begin with the same `tokens` tokens."""
 
     tokens: PositiveInt
     groups: PositiveInt = 1
 
 
-class Turns(_Model):
+class Turns(StrictModel):
     """Multi-turn conversations: the history comes back as input."""
 
     mean: Annotated[float, Field(ge=1, le=10_000, allow_inf_nan=False, strict=True)] = 1.0
     think_time_s: AmountOrZero = 0.0
 
 
-class Synthetic(_Model):
+class Synthetic(StrictModel):
     """A workload drawn from distributions; `preset` fills what is left out."""
 
     preset: str | None = None
@@ -175,7 +177,7 @@ class Synthetic(_Model):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
 
 
-class WorkloadRequest(_Model):
+class WorkloadRequest(StrictModel):
     """Exactly one of a trace and a synthetic workload."""
 
     trace: TraceRequest | None = None
@@ -192,7 +194,7 @@ class WorkloadRequest(_Model):
 SloBounds: TypeAlias = Annotated[dict[Percentile, Amount], Field(min_length=1)]
 
 
-class Slo(_Model):
+class Slo(StrictModel):
     """Upper bounds in seconds on percentiles of TTFT, TPOT and end-to-end latency."""
 
     ttft_s: SloBounds | None = None
@@ -209,7 +211,7 @@ _T = TypeVar("_T")
 Choices: TypeAlias = Annotated[tuple[_T, ...], Field(min_length=1)]
 
 
-class SpaceLimits(_Model):
+class SpaceLimits(StrictModel):
     """Optional limits of the plan space: the values a plan may take."""
 
     serving: Choices[ServingMode] | None = None
@@ -237,7 +239,7 @@ class SpaceLimits(_Model):
         return tuple(dict.fromkeys(value)) if isinstance(value, tuple) else value
 
 
-class SearchRequest(_Model):
+class SearchRequest(StrictModel):
     """How to search, for how long, and the seed of every random choice."""
 
     method: Method = "auto"
@@ -245,7 +247,7 @@ class SearchRequest(_Model):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
 
 
-class PlanningRequest(_Model):
+class PlanningRequest(StrictModel):
     """A model, machines, traffic, targets: what the planner is asked."""
 
     schema_version: Literal["1"] = "1"
@@ -277,7 +279,7 @@ class PlanningRequest(_Model):
 # --- what a plan is ------------------------------------------------------------------------
 
 
-class Parallelism(_Model):
+class Parallelism(StrictModel):
     """Degrees; a worker takes tensor x pipeline x attention_data x context devices."""
 
     tensor: PositiveInt = 1
@@ -292,7 +294,7 @@ class Parallelism(_Model):
         return self.tensor * self.pipeline * self.attention_data * self.context
 
 
-class Quantization(_Model):
+class Quantization(StrictModel):
     """Formats; a field left out takes the checkpoint's own."""
 
     weights: WeightFormat | None = None
@@ -300,7 +302,7 @@ class Quantization(_Model):
     kv_cache: KvFormat | None = None
 
 
-class Batching(_Model):
+class Batching(StrictModel):
     """Iteration-level batching; a field left out takes the engine's default on the device."""
 
     policy: Literal["continuous"] = "continuous"
@@ -310,7 +312,7 @@ class Batching(_Model):
     cuda_graphs: Flag | None = None
 
 
-class Speculative(_Model):
+class Speculative(StrictModel):
     """Speculative decoding."""
 
     method: Literal["eagle", "mtp", "ngram", "draft_model"]
@@ -318,14 +320,14 @@ class Speculative(_Model):
     acceptance: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, strict=True)] = 0.7
 
 
-class KvOffload(_Model):
+class KvOffload(StrictModel):
     """KV blocks that leave the device."""
 
     target: Literal["cpu", "disk"]
     bytes: Annotated[int, Field(ge=1, le=2**60, strict=True)]
 
 
-class Worker(_Model):
+class Worker(StrictModel):
     """One copy of the model and how it batches."""
 
     pool: str | None = None
@@ -338,14 +340,14 @@ class Worker(_Model):
     kv_offload: KvOffload | None = None
 
 
-class WorkerPool(_Model):
+class WorkerPool(StrictModel):
     """Replicas of one worker in a disaggregated plan."""
 
     replicas: PositiveInt = 1
     worker: Worker
 
 
-class Plan(_Model):
+class Plan(StrictModel):
     """A way of serving: workers, their parallelism, formats and batching."""
 
     serving: ServingMode = "aggregated"

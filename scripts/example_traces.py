@@ -24,7 +24,11 @@ def main() -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8") as file:
         for when, asked, answered in zip(work.arrival_s, work.input_tokens, work.output_tokens, strict=True):
-            row = {"arrival_s": round(float(when), 3), "input_tokens": int(asked), "output_tokens": int(answered)}
+            row = {
+                "arrival_s": round(float(when), 3),
+                "input_tokens": int(asked),
+                "output_tokens": int(answered),
+            }
             file.write(json.dumps(row) + "\n")
 
 

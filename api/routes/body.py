@@ -28,7 +28,11 @@ async def json_body(request: Request) -> Any:
         )
     body = await request.body()
     try:
-        return json.loads(body, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(body, object_pairs_hook=_object, parse_constant=_constant)
+        if b"\\u" in body:
+            # Half of a surrogate pair is no character: no reply that repeats it could be written.
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise _malformed(f"The body is not JSON: {error.msg} at {where}.") from None
@@ -36,7 +40,7 @@ async def json_body(request: Request) -> Any:
         raise _malformed(str(error)) from None
     except RecursionError:
         raise _malformed("The body is nested too deeply.") from None
-    except ValueError:  # bytes of no Unicode encoding, integers of thousands of digits
+    except ValueError:  # what is not Unicode, integers of thousands of digits
         raise _malformed("The body is not JSON in UTF-8 with numbers of sensible size.") from None
 
 

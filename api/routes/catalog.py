@@ -37,7 +37,11 @@ def _documented(kind: str) -> dict[str, Any]:
     return {
         "operation_id": f"listCatalog{kind.capitalize()}",
         "summary": f"Known {kind}",
-        "responses": {200: {"model": list[CatalogRow]}, 304: {"description": "Not Modified"}, **problems(503)},
+        "responses": {
+            200: {"model": list[CatalogRow]},
+            304: {"description": "Not Modified"},
+            **problems(503),
+        },
     }
 
 

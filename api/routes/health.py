@@ -1,4 +1,4 @@
-"""Is the process alive, can it answer. Served at the root, and below /api/v1 for proxies that pass only that."""
+"""Is the process alive, can it answer. Also below /api/v1, for proxies that pass only that."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ async def healthz() -> Health:
     return Health(status="ok", version=version())
 
 
-@router.get(
-    "/readyz", operation_id="getReadiness", summary="Can the service answer", responses=problems(503)
-)
+@router.get("/readyz", operation_id="getReadiness", summary="Can the service answer", responses=problems(503))
 @router.get("/api/v1/readyz", include_in_schema=False)
 async def readyz(request: Request) -> Health:
     """GET /readyz: catalogs and cost models are there, and quick work is taken."""
