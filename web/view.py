@@ -129,7 +129,7 @@ def _latency(entry: Mapping[str, Any], slo: Mapping[str, Any], ident: str) -> li
         values = entry["metrics"].get(metric) or {}
         bounds = (entry.get("interval") or {}).get(metric) or {}
         targets = slo.get(metric) or {}
-        lines = [
+        lines: list[dict[str, Any]] = [
             {
                 "label": name,
                 "value": values.get(name),
@@ -147,7 +147,9 @@ def _latency(entry: Mapping[str, Any], slo: Mapping[str, Any], ident: str) -> li
                     {
                         "statistic": line["label"],
                         "value": quantity(line["value"], "s"),
-                        "interval": interval((line["low"], line["high"]), "s") if line["low"] is not None else "",
+                        "interval": interval((line["low"], line["high"]), "s")
+                        if line["low"] is not None
+                        else "",
                         "target": quantity(line["limit"], "s") if line["limit"] is not None else "",
                         "met": line["limit"] is None or (line["value"] or 0.0) <= line["limit"],
                     }
@@ -167,7 +169,9 @@ def _latency(entry: Mapping[str, Any], slo: Mapping[str, Any], ident: str) -> li
     return rows
 
 
-def _parts(values: Mapping[str, float], names: Mapping[str, str], unit: str) -> tuple[list[dict[str, Any]], float]:
+def _parts(
+    values: Mapping[str, float], names: Mapping[str, str], unit: str
+) -> tuple[list[dict[str, Any]], float]:
     total = sum(max(0.0, float(values.get(key, 0.0))) for key in names)
     return [
         {
@@ -226,7 +230,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Mean power, all devices", quantity(get("power_w"), "W")),
         ("Mean power per device", quantity(get("power_w_per_device"), "W")),
         ("Price", quantity(get("usd_per_hour"), "USD/h")),
-        ("Cost of output", quantity(get("usd_per_million_output_tokens"), "USD/Mtok")),
+        ("Cost of a million output tokens", quantity(get("usd_per_million_output_tokens"), "USD/Mtok")),
         ("Peak memory in use, all devices", quantity(get("memory_bytes"), "B")),
         ("Model FLOP utilization (MFU)", percent(get("mfu"))),
         ("Memory bandwidth utilization (MBU)", percent(get("mbu"))),
@@ -260,7 +264,9 @@ def _scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> l
             for entry in result["plans"]
         ]
         counts = {kind: sum(point["kind"] == kind for point in points) for kind in charts.KINDS}
-        told = ", ".join(f"{counts[kind]} {words.lower()}" for kind, words in charts.KINDS.items() if counts[kind])
+        told = ", ".join(
+            f"{counts[kind]} {words.lower()}" for kind, words in charts.KINDS.items() if counts[kind]
+        )
         axes = [
             {
                 "label": _AXES[name],
@@ -304,7 +310,7 @@ def _targets(slo: Mapping[str, Any], entry: Mapping[str, Any] | None) -> list[di
                     "value": quantity(value, "s"),
                     "interval": interval(pair, "s") if pair else "",
                     "met": value is None or value <= bound,
-                    "sure": bool(pair) and pair[1] <= bound,
+                    "sure": pair is not None and pair[1] <= bound,
                 }
             )
     return rows
@@ -351,8 +357,8 @@ def _workload(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
     def lengths(values: Mapping[str, float]) -> str:
         return (
-            f"mean {count(values.get('mean'))}, p50 {count(values.get('p50'))}, p95 {count(values.get('p95'))}, "
-            f"longest {count(values.get('max'))}"
+            f"mean {count(values.get('mean'))}, p50 {count(values.get('p50'))}, "
+            f"p95 {count(values.get('p95'))}, longest {count(values.get('max'))}"
         )
 
     rows = [("Requests", count(summary.get("requests")))]
@@ -368,7 +374,10 @@ def _workload(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Input tokens", lengths(inputs)),
         ("Output tokens", lengths(outputs)),
         ("Input that a cache could share", percent(summary.get("shared_prefix_share"))),
-        ("Conversations", f"{count(summary.get('sessions'))}, {number(summary.get('turns_mean'))} turns each"),
+        (
+            "Conversations",
+            f"{count(summary.get('sessions'))}, {number(summary.get('turns_mean'))} turns each",
+        ),
     ]
     return rows
 
@@ -382,7 +391,12 @@ def _sources(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         if name not in groups.setdefault(key, []):
             groups[key].append(name)
     return [
-        {"source": source, "kind": kind, "device": device, "operators": ", ".join(n.replace("_", " ") for n in names)}
+        {
+            "source": source,
+            "kind": kind,
+            "device": device,
+            "operators": ", ".join(n.replace("_", " ") for n in names),
+        }
         for (source, kind, device), names in groups.items()
     ]
 
@@ -390,7 +404,8 @@ def _sources(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
 def request_yaml(request: Mapping[str, Any]) -> str:
     """A request as the YAML file that the command line takes; empty sections left out."""
     plain = {key: value for key, value in request.items() if value not in ({}, None)}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    return text
 
 
 def commands(request: Mapping[str, Any], base_url: str) -> dict[str, str]:
@@ -481,7 +496,9 @@ def _rejected(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Reasons with how many plans share each, most first; an example of each."""
     groups: dict[str, dict[str, Any]] = {}
     for row in rows:
-        group = groups.setdefault(row["reason"], {"reason": row["reason"], "plans": 0, "label": plan_label(row["plan"])})
+        group = groups.setdefault(
+            row["reason"], {"reason": row["reason"], "plans": 0, "label": plan_label(row["plan"])}
+        )
         group["plans"] += row.get("plans", 1)
     return sorted(groups.values(), key=lambda group: -group["plans"])
 
