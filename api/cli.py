@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("plan", "evaluate", "catalog", "schema")
+COMMANDS = ("plan", "evaluate", "fleet", "sweep", "catalog", "schema")
 CATALOGS = ("devices", "models", "engines", "workloads")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
 
@@ -79,6 +79,34 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="OUT", help="write answers there; - for standard output")
     evaluate.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
 
+    fleet = commands.add_parser(
+        "fleet",
+        help="the cheapest mix of replicas for several models over an inventory",
+        description="Choose replicas of simulated plans on the pools of an inventory, for several models "
+        "with their traffic and SLOs, at the least cost, energy or devices. Exit code 0, or 3 when the "
+        "inventory cannot carry the demand.",
+        epilog="example: planfront fleet examples/fleet.yaml --json fleet.json",
+    )
+    fleet.add_argument("request", metavar="REQUEST", help="YAML or JSON file, or - for standard input")
+    fleet.add_argument("--json", metavar="OUT", help="write the answer as JSON; - for standard output")
+    fleet.add_argument("--budget", metavar="S", type=float, help="seconds to search (default: the request's)")
+    fleet.add_argument("--workers", metavar="N", type=int, help="threads of the solver (default: all cores)")
+    fleet.add_argument("--quiet", action="store_true", help="no progress")
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="how the recommendation changes with an SLO, a price, the rate or the machines",
+        description="Plan a request at several values of one of its numbers. FIELD is the path of a number "
+        "(slo.ttft_s.p95, prices.l40s, cluster.pools[0].nodes) or `rate`, a multiple of the request's own.",
+        epilog="example: planfront sweep examples/quickstart.yaml --vary rate --values 0.5,1,2,4",
+    )
+    sweep.add_argument("request", metavar="REQUEST", help="YAML or JSON file, or - for standard input")
+    sweep.add_argument("--vary", metavar="FIELD", required=True, help="what to vary")
+    sweep.add_argument("--values", metavar="A,B,...", required=True, help="its values, in order")
+    sweep.add_argument("--json", metavar="OUT", help="write the answer as JSON; - for standard output")
+    sweep.add_argument("--workers", metavar="N", type=int, help="threads that simulate (default: all cores)")
+    sweep.add_argument("--quiet", action="store_true", help="no progress")
+
     catalog = commands.add_parser(
         "catalog",
         help="list what is known, with sources",
@@ -106,7 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     from hardware.errors import InputError
 
-    run = {"plan": _plan, "evaluate": _evaluate, "catalog": _catalog, "schema": _schema}[given.command]
+    run = {
+        "plan": _plan,
+        "evaluate": _evaluate,
+        "fleet": _fleet,
+        "sweep": _sweep,
+        "catalog": _catalog,
+        "schema": _schema,
+    }[given.command]
     try:
         code = run(given)
         sys.stdout.flush()
@@ -268,6 +303,63 @@ def _evaluate(given: argparse.Namespace) -> int:
 
         show_evaluation(answer)
     return DONE if answer["status"] == "ok" else NO_PLAN
+
+
+def _note(given: argparse.Namespace) -> Callable[[str], None] | None:
+    return None if given.quiet else lambda text: print(text, file=sys.stderr, flush=True)
+
+
+def _fleet(given: argparse.Namespace) -> int:
+    from api.files import read_document
+
+    data, base = read_document(given.request)
+    search = (data.get("search") or {}) if isinstance(data, dict) else None
+    if isinstance(search, dict) and given.budget is not None:
+        data = {**data, "search": {**search, "budget_s": given.budget}}
+    _check_target(given.json)
+    workers = _workers(given.workers)
+    from planner.fleet import plan_fleet
+    from planner.pipeline import Planner
+
+    answer = plan_fleet(data, planner=Planner(base_dir=base), progress=_note(given), workers=workers)
+    if given.json:
+        import json
+
+        _write(given.json, json.dumps(answer, indent=1, allow_nan=False) + "\n")
+    if given.json != "-":
+        from api.terminal import show_fleet
+
+        show_fleet(answer)
+    return DONE if answer["status"] == "ok" else NO_PLAN
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    from api.files import read_document
+    from hardware.errors import InputError
+
+    data, base = read_document(given.request)
+    try:
+        values = [float(text) for text in given.values.split(",")]
+    except ValueError:
+        raise InputError(
+            "--values", f"must be numbers with commas between, not {given.values[:60]!r}"
+        ) from None
+    _check_target(given.json)
+    workers = _workers(given.workers)
+    from planner.pipeline import Planner
+    from planner.sweep import sweep
+
+    planner = Planner(base_dir=base)
+    answer = sweep(data, given.vary, values, planner=planner, progress=_note(given), workers=workers)
+    if given.json:
+        import json
+
+        _write(given.json, json.dumps(answer, indent=1, allow_nan=False) + "\n")
+    if given.json != "-":
+        from api.terminal import show_sweep
+
+        show_sweep(answer)
+    return DONE if any(point["status"] == "ok" for point in answer["points"]) else NO_PLAN
 
 
 def _catalog(given: argparse.Namespace) -> int:

@@ -388,3 +388,75 @@ def _length_words(row: Mapping[str, Any]) -> str:
     if row["distribution"] == "uniform":
         return f"{row['low']:,} to {row['high']:,}"
     return str(row.get("value", row["distribution"]))
+
+
+# --- fleets and sweeps ---------------------------------------------------------------------------
+
+
+def show_fleet(answer: Mapping[str, Any], out: Console | None = None) -> None:
+    """One table per level of demand: which replicas where, what they carry and cost."""
+    out = out or console()
+    for period in sorted(answer["periods"], key=lambda row: -row["demand"]):
+        level = "" if len(answer["periods"]) == 1 else f" at {period['demand']:g} of the demand"
+        if period["status"] != "ok":
+            out.print(f"No fleet of this inventory carries the demand{level}.", style="bold")
+            continue
+        table = Table(box=None, pad_edge=False)
+        for name in ("model", "pool", "replicas", "plan", "requests/s each", "devices", "USD/h"):
+            table.add_column(name, justify="left" if name in ("model", "pool", "plan") else "right")
+        for row in period["assignments"]:
+            table.add_row(
+                row["model"], row["pool"], str(row["replicas"]), plan_words({**row["plan"], "replicas": 1}),
+                f"{row['rate_rps_per_replica']:.2f}", str(row["devices"]), f"{row['usd_per_hour']:.2f}",
+            )  # fmt: skip
+        cost = f"{period['usd_per_hour']:,.2f} USD/h, {period['power_w'] / 1e3:,.1f} kW at full load"
+        out.print(f"Cheapest by {answer['objective']}{level}: {cost}", style="bold")
+        out.print(table)
+        used = ", ".join(
+            f"{row['devices_used']} of {row['devices']} {row['name']}" for row in period["pools"]
+        )
+        sure = "optimal" if period["certified"] else f"at most {_gap(period):.1f} % from optimal"
+        out.print(f"{used} in use; {sure}.\n")
+    search = answer["search"]
+    out.print(
+        f"{search['columns']:,} ways to serve a replica, {search['simulated']:,} simulated "
+        f"in {search['wall_s']:.1f} s."
+    )
+    for row in answer["rejected"][:6]:
+        out.print(f"  {row['model']}: {row['plans']} ways cannot serve: {row['reason']}", style="dim")
+
+
+def _gap(period: Mapping[str, Any]) -> float:
+    value, bound = period["objective_value"], period["objective_bound"]
+    return 100.0 * (value - bound) / value if value else 0.0
+
+
+def show_sweep(answer: Mapping[str, Any], out: Console | None = None) -> None:
+    """The recommendation at each value; a mark where it changes."""
+    out = out or console()
+    table = Table(box=None, pad_edge=False)
+    names = ("", answer["vary"], "plan", "devices", "e2e mean", "TTFT p95", "TPOT p95", "J/tok", "$/Mtok")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("", "plan") else "right")
+    last = None
+    for point in answer["points"]:
+        mark = "" if last is None or point["plan_id"] == last else ">"
+        last = point["plan_id"]
+        if point["plan_id"] is None:
+            table.add_row(mark, f"{point['value']:g}", point["reason"])
+            continue
+        metrics = point["metrics"]
+        tpot = metrics["tpot_s"]["p95"]
+        missed = "" if point["status"] == "ok" else "  (misses the SLO)"
+        table.add_row(
+            mark, f"{point['value']:g}", plan_words(point["plan"]) + missed, str(metrics["devices"]),
+            format_seconds(metrics["e2e_s"]["mean"]), format_seconds(metrics["ttft_s"]["p95"]),
+            format_seconds(tpot) if tpot is not None else "-",
+            f"{metrics['energy_j_per_output_token']:.3g}", f"{metrics['usd_per_million_output_tokens']:.3g}",
+        )  # fmt: skip
+    out.print(table)
+    count = len(answer["changes"])
+    times = "once" if count == 1 else f"{count} times"
+    out.print(
+        f"The recommendation changes {times}." if count else "The recommendation stays the same throughout."
+    )

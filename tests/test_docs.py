@@ -11,6 +11,7 @@ import yaml
 
 from api.cli import build_parser
 from planner import Plan, Planner, PlanningRequest, PlanningResult, parse_request
+from planner.fleet import parse_fleet
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,7 +57,9 @@ def test_every_command_and_option_is_documented() -> None:
 def test_documented_commands_parse() -> None:
     for document in DOCUMENTS:
         for block in blocks(document.read_text(encoding="utf-8"), "sh"):
-            for line in re.findall(r"planfront ((?:plan|evaluate|catalog|schema)[^\n&|#>]*)", block):
+            for line in re.findall(
+                r"planfront ((?:plan|evaluate|fleet|sweep|catalog|schema)[^\n&|#>]*)", block
+            ):
                 build_parser().parse_args(line.split())
 
 
@@ -92,7 +95,10 @@ def test_the_shown_output_has_the_shape_of_a_real_one(capsys: pytest.CaptureFixt
 def test_every_example_loads(path: Path) -> None:
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     data.pop("plan", None)
-    Planner(base_dir=path.parent).load(data)
+    if "models" in data:
+        parse_fleet(data)
+    else:
+        Planner(base_dir=path.parent).load(data)
     assert path.name in (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
 from tests.planner.physics_sweep import pairs, violations
@@ -27,7 +25,14 @@ def test_no_prediction_breaks_physics(model: str, device: str, engine: str) -> N
     assert violations(model, device, engine) == []
 
 
-def test_nor_does_any_of_a_sample_of_the_catalog() -> None:
-    sample = random.Random(20261123).sample(pairs(), 24)
-    broken = {pair: found for pair in sample if (found := violations(*pair, "vllm"))}
+def test_nor_does_any_pair_of_the_catalog() -> None:
+    """Every model on every device that holds it on one node; engines take turns."""
+    broken = {}
+    fitting = 0
+    for index, (model, device) in enumerate(pairs()):
+        found = violations(model, device, ("vllm", "sglang", "trtllm")[index % 3])
+        fitting += found is not None
+        if found:
+            broken[model, device] = found
     assert broken == {}
+    assert fitting > 1500
