@@ -748,6 +748,14 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                         k = min(k, int(min((t.ctx[cap_at + 1] - cmean) / under_share, 1e15)) + 1)
                 if k > 1 and not reserve:
                     free = s[FREE]
+                    if prefix and s[WAITING] > 0 and s[ACTIVE] < s[MAX_SEQS]:
+                        # The queue's head may count on cached blocks; when growth takes them from it, it
+                        # needs fewer free ones and may get in. So only up to the first cached entry.
+                        free = 0
+                        q = s[QHEAD]
+                        while q >= s[ENTRIES]:
+                            free += nodes[q, REF]
+                            q = nodes[q, QNEXT]
                     if n * ((k - 1) // bt + 1) > free and _growth(residue, bt, s[D] + 1, k - 1, n) > free:
                         fit = (free // n) * bt
                         free -= (free // n) * n

@@ -252,7 +252,7 @@ def test_a_plan_that_cannot_be_built_names_its_field(
         ({"engine": {"name": "vllm", "version": "0.1"}}, "engine.version"),
         ({"space": {"tensor": [3]}}, "space"),
         ({"space": {"serving": ["disaggregated"]}}, "space.serving"),
-        ({"search": {"method": "mcts"}}, "search.method"),
+        ({"search": {"method": "annealing"}}, "search.method"),
         ({"workload": {"trace": {"path": "/nowhere/x.jsonl"}}}, "workload.trace.path"),
     ],
 )

@@ -98,3 +98,24 @@ def test_core_equals_reference(case: tuple[Workload, dict[str, Any], SchedulerCo
     counts = found.work.itl_histogram
     placed = np.repeat(bin_edges(np.arange(len(counts))), counts.astype(int))
     np.testing.assert_allclose(placed, gaps, rtol=0.005)
+
+
+def test_growth_that_evicts_a_cached_prefix_lets_its_owner_in() -> None:
+    """A preempted request counts on its own cached blocks; once growth has taken them it needs fewer free
+    ones, and enters in the middle of what would else be one jump."""
+    work = workload(
+        [0.0, 0.0042, 0.0136],
+        [2, 1, 1],
+        [7, 32, 26],
+        block_tokens=8,
+        prefixes=[[40], [40, 41, 42, 43], [80]],
+    )
+    config = SchedulerConfig(
+        max_num_seqs=2, max_num_batched_tokens=8, kv_blocks=37, block_tokens=1, prefix_caching=True,
+        chunked_prefill=False,
+    )  # fmt: skip
+    table = tables(sequences=24)
+    found, truth = simulate(work, table, config, **MACHINE), simulate_reference(work, table, config)
+    assert truth.preemptions > 1
+    assert found.preemptions == truth.preemptions
+    np.testing.assert_allclose(found.finish_s, truth.finish_s, rtol=1e-9)
