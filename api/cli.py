@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("plan", "evaluate", "fleet", "sweep", "catalog", "schema")
-CATALOGS = ("devices", "models", "engines", "workloads")
+COMMANDS = ("plan", "evaluate", "fleet", "sweep", "catalog", "schema", "train")
+CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
 
 
@@ -110,11 +110,28 @@ def build_parser() -> argparse.ArgumentParser:
     catalog = commands.add_parser(
         "catalog",
         help="list what is known, with sources",
-        description="List devices, models, engine profiles or traffic presets, with their sources.",
+        description="List devices, models, engine profiles, traffic presets or fitted predictors, with "
+        "their sources.",
         epilog="example: planfront catalog devices --json",
     )
-    catalog.add_argument("what", choices=CATALOGS, metavar="{devices,models,engines,workloads}")
+    catalog.add_argument("what", choices=CATALOGS, metavar="{devices,models,engines,workloads,costmodels}")
     catalog.add_argument("--json", action="store_true", help="print as a JSON list")
+
+    train = commands.add_parser(
+        "train",
+        help="fit predictors from kernel measurements",
+        description="Fit the learned predictors from the kernel tables of aiconfigurator-core (extra "
+        "`train`) or from a folder of such tables, judge each on groups that it never saw, and write them "
+        "with their cards.",
+        epilog="example: planfront train --data tables --out artifacts --only h100-sxm-80gb/vllm",
+    )
+    train.add_argument("--data", metavar="DIR", help="kernel tables (default: the installed package's)")
+    train.add_argument("--out", metavar="DIR", required=True, help="where artifacts and their index go")
+    train.add_argument(
+        "--only", metavar="KEY", action="append", default=[], help="parts of keys to fit; repeatable"
+    )
+    train.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the fits (default: 0)")
+    train.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
 
     schema = commands.add_parser(
         "schema",
@@ -141,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sweep": _sweep,
         "catalog": _catalog,
         "schema": _schema,
+        "train": _train,
     }[given.command]
     try:
         code = run(given)
@@ -376,6 +394,10 @@ def _catalog(given: argparse.Namespace) -> int:
         from planner.engines import engine_rows
 
         rows = engine_rows()
+    elif given.what == "costmodels":
+        from costmodels import artifact_rows
+
+        rows = artifact_rows()
     else:
         from planner.workload import workload_rows
 
@@ -388,6 +410,29 @@ def _catalog(given: argparse.Namespace) -> int:
     from api.terminal import show_catalog
 
     show_catalog(given.what, rows)
+    return DONE
+
+
+def _train(given: argparse.Namespace) -> int:
+    from hardware.errors import InputError
+
+    out = Path(given.out)
+    if out.exists() and not out.is_dir():
+        raise InputError("--out", f"{given.out} is a file; name a folder")
+    workers = _workers(given.workers)
+    try:
+        import pandas  # noqa: F401
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "train", "reading measurements needs pandas and pyarrow", "pip install 'planfront[train]'"
+        ) from None
+    from costmodels.learned.train import train
+
+    data = Path(given.data) if given.data else None
+    cards = train(data, out, only=given.only, seed=given.seed, workers=workers, progress=print)
+    size_mb = sum(card.size_bytes for card in cards) / 1e6
+    print(f"{len(cards)} predictors, {size_mb:.1f} MB, written to {out}")
     return DONE
 
 

@@ -346,6 +346,15 @@ def show_catalog(what: str, rows: Sequence[Mapping[str, Any]], out: Console | No
             ("USD/h", lambda r: f"{r['usd_per_hour']:.2f}"),
             ("source", lambda r: r["sources"]["memory_bandwidth_bytes_per_s"]["title"]),
         ]
+    elif what == "costmodels":
+        columns = [
+            ("predictor", lambda r: r["name"]),
+            ("rows", lambda r: f"{r['rows']:,}"),
+            ("held-out error", lambda r: f"{100 * r['mape']:.1f} %"),
+            ("closed form", lambda r: f"{100 * r['closed_form_mape']:.1f} %"),
+            ("90 % covers", lambda r: "-" if r["coverage"] is None else f"{100 * r['coverage']:.0f} %"),
+            ("data", lambda r: r["data"]),
+        ]
     elif what == "models":
         columns = [
             ("model", lambda r: r["name"]),

@@ -147,7 +147,14 @@ class Planner:
             raise _empty_space(space)
         tokens, seqs = table_sizes(space)
         evaluator = question.evaluator(table_tokens=tokens, table_seqs=seqs, tables=self._tables)
-        outcome = choose_searcher(request.search.method).search(
+        searcher, why = choose_searcher(
+            request.search.method,
+            space=space,
+            requests=len(question.workload),
+            budget_s=request.search.budget_s,
+            workers=workers,
+        )
+        outcome = searcher.search(
             evaluator,
             space,
             request.objectives,
@@ -158,6 +165,7 @@ class Planner:
             cancelled=cancelled,
             workers=workers,
         )
+        outcome.reason = "; ".join(text for text in (outcome.reason, why) if text)
         return _result(question, evaluator, outcome)
 
     def evaluate(self, data: Any, plan: Any = None) -> dict[str, Any]:

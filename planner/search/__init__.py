@@ -5,25 +5,57 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hardware import InputError
+from planner.plans import PlanSpace
 from planner.search.base import Judged, Outcome, Progress, Rejected, Searcher
+from planner.search.cpsat import CpSatSearch
 from planner.search.exhaustive import ExhaustiveSearch
 from planner.search.mcts import MctsSearch
 from planner.search.run import front_of
 
-SEARCHERS: dict[str, Callable[[], Searcher]] = {"exhaustive": ExhaustiveSearch, "mcts": MctsSearch}
+SEARCHERS: dict[str, Callable[[], Searcher]] = {
+    "exhaustive": ExhaustiveSearch,
+    "cp-sat": CpSatSearch,
+    "mcts": MctsSearch,
+}
 
 
-def choose_searcher(method: str, path: str = "search.method") -> Searcher:
-    """The searcher of a method; `auto` takes the certified exhaustive one."""
-    if method == "auto":
-        return ExhaustiveSearch()
-    if method not in SEARCHERS:
-        known = ", ".join(["auto", *SEARCHERS])
-        raise InputError(path, f"method {method!r} is not part of this version, use one of {known}")
-    return SEARCHERS[method]()
+#: What one simulated request, one plan and one new shape cost, s; measured on one core, rounded up.
+_REQUEST_S, _PLAN_S, _SHAPE_S = 2e-6, 1e-3, 2e-2
+
+
+def choose_searcher(
+    method: str,
+    path: str = "search.method",
+    *,
+    space: PlanSpace | None = None,
+    requests: int = 0,
+    budget_s: float = float("inf"),
+    workers: int = 1,
+) -> tuple[Searcher, str]:
+    """The searcher of a method, and why `auto` took it ("" for a method that was named).
+
+    `auto` takes the certified exhaustive search where it should end within the budget, else tree search.
+    """  # fmt: skip
+    if method != "auto":
+        if method not in SEARCHERS:
+            known = ", ".join(["auto", *SEARCHERS])
+            raise InputError(path, f"method {method!r} is not known, use one of {known}")
+        return SEARCHERS[method](), ""
+    if space is None:
+        return ExhaustiveSearch(), ""
+    shapes = len({(layout.pool, layout.degrees, formats) for layout, formats in space.groups})
+    plans = sum(
+        len(space.batching(space.cluster.pool(layout.pool), layout.degrees)) for layout, _ in space.groups
+    )
+    needed_s = shapes * _SHAPE_S + plans * (_PLAN_S + requests * _REQUEST_S) / workers
+    if needed_s <= budget_s:
+        return ExhaustiveSearch(), f"all {plans:,} plans take about {needed_s:.0f} s at most"
+    why = f"all {plans:,} plans would take up to {needed_s:.0f} s, the budget is {budget_s:g} s"
+    return MctsSearch(), why
 
 
 __all__ = [
+    "CpSatSearch",
     "ExhaustiveSearch",
     "Judged",
     "MctsSearch",

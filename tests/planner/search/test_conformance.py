@@ -110,7 +110,8 @@ def test_without_a_plan_that_meets_the_slo_the_nearest_are_given() -> None:
 
 
 def test_methods_are_found_by_name() -> None:
-    assert choose_searcher("auto").name == "exhaustive"
-    assert choose_searcher("exhaustive").name == "exhaustive"
+    assert choose_searcher("auto")[0].name == "exhaustive"
+    for name in SEARCHERS:
+        assert choose_searcher(name)[0].name == name
     with pytest.raises(InputError, match=r"^search\.method: "):
         choose_searcher("simulated-annealing")

@@ -1,0 +1,138 @@
+"""Which plan to simulate next, as a constraint programme: exact, and quick to prove that nothing is left.
+
+Every plan that passes the gates is a Boolean, one of which is true; its admissible bounds are linear in
+them. A simulated plan on the front adds a clause: the next plan's bound must be better in some objective.
+The programme asks for the plan with the best bounds under all clauses; when it is infeasible, no plan that
+was not simulated can add to the front, and the front is certified. The search ends with the same front as
+the exhaustive one; it is of use where a space comes with linear limits of its own, and as a second
+algorithm that the exhaustive search is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hardware import InputError
+from planner.evaluate import Evaluator
+from planner.pareto import normalise
+from planner.plans import PlanSpace
+from planner.search.base import Clock, Outcome, ProgressCallback
+from planner.search.run import EQUAL, Candidates, SearchRun
+
+#: Beyond so many plans that can run, a programme with one Boolean each is the wrong tool.
+MOST_PLANS = 20_000
+#: Bounds become integers: parts of each objective's spread, rounded down, so that they stay admissible.
+_PARTS = 1_000_000
+#: Plans asked for at a time: proofs cost more than simulations.
+_BATCH = 16
+
+
+class CpSatSearch:
+    """Bounds as a CP-SAT programme; see the module."""
+
+    name = "cp-sat"
+
+    def search(
+        self,
+        evaluator: Evaluator,
+        space: PlanSpace,
+        objectives: Sequence[str],
+        *,
+        budget_s: float,
+        seed: int,
+        clock: Clock,
+        progress: ProgressCallback | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        workers: int = 1,
+    ) -> Outcome:
+        """See `Searcher.search`. Raises InputError when more than `MOST_PLANS` plans can run."""
+        start = clock()
+        run = SearchRun(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
+        candidates = run.collect(seed)
+        if len(candidates.points) > MOST_PLANS:
+            raise InputError(
+                "search.method",
+                f"cp-sat takes up to {MOST_PLANS:,} plans that can run, this space has "
+                f"{len(candidates.points):,}; use mcts or exhaustive",
+            )
+        order = {point.id: index for index, point in enumerate(candidates.points)}
+        run.order = lambda item: order[item.point.id]
+        if candidates.points:
+            _Programme(run, candidates, seed).solve()
+        return run.outcome(self.name)
+
+
+class _Programme:
+    """The Booleans, the clauses, and what is left."""
+
+    def __init__(self, run: SearchRun, candidates: Candidates, seed: int) -> None:
+        from ortools.sat.python import cp_model
+
+        self.run, self.candidates, self.cp = run, candidates, cp_model
+        self.low = candidates.bounds.min(axis=0)
+        span = candidates.bounds.max(axis=0) - self.low
+        self.span = np.where(span > 0, span, 1.0)
+        self.scaled = np.floor((candidates.bounds - self.low) / self.span * _PARTS).astype(np.int64)
+        scores = normalise(candidates.bounds).sum(axis=1)
+        self.score = np.rint(scores * 1000).astype(np.int64) * len(scores) + np.arange(len(scores))
+        self.left = [i for i in range(len(scores)) if candidates.distance[i] <= EQUAL]
+        self.hopeless = [i for i in range(len(scores)) if candidates.distance[i] > EQUAL]
+        self.seed = seed
+
+    def solve(self) -> None:
+        """Ask, simulate, exclude; until nothing is left or the budget is."""
+        run, points = self.run, self.candidates.points
+        while not run.stop(done=len(run.judged)):
+            asked = self._best()
+            if not asked:
+                run.bounded += len(self.left)
+                self.hopeless.sort(key=lambda i: (self.candidates.distance[i], self.score[i]))
+                run.nearest([(points[i], float(self.candidates.distance[i])) for i in self.hopeless])
+                return
+            for index in asked:
+                if run.stop(done=len(run.judged)):
+                    return
+                self.left.remove(index)
+                run.keep(run.evaluate(points[index]))
+
+    def _best(self) -> list[int]:
+        """The plans with the best bounds that the front leaves possible; none when that is proven."""
+        if not self.left:
+            return []
+        model = self.cp.CpModel()
+        chosen = {i: model.new_bool_var(f"plan{i}") for i in self.left}
+        count = min(_BATCH, len(self.left))
+        for index, literal in chosen.items():
+            self._clauses(model, index, literal)
+        picked = model.new_int_var(1, count, "picked")
+        model.add(sum(chosen.values()) == picked)
+        # As many as asked for where there are as many; among those the best bounds.
+        reward = int(self.score.max()) + 1
+        model.minimize(sum(int(self.score[i] - reward) * literal for i, literal in chosen.items()))
+        solver = self.cp.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.random_seed = self.seed % 2**31
+        status = solver.solve(model)
+        if status == self.cp.INFEASIBLE:
+            return []
+        found = [i for i, literal in chosen.items() if solver.boolean_value(literal)]
+        return sorted(found, key=lambda i: int(self.score[i]))
+
+    def _clauses(self, model: Any, index: int, literal: Any) -> None:
+        """For every point of the front, one objective at least in which the plan's bound is better.
+
+        A plan that could only equal a point is kept when it comes first, so that of equal plans the front
+        always holds the first.
+        """
+        run, bound = self.run, self.candidates.bounds[index]
+        slack = EQUAL * np.abs(bound)
+        for values, item in zip(run.front_values, run.incumbents, strict=True):
+            better = bound + slack < values
+            equal = bool(np.all(np.abs(values - bound) <= slack))
+            if equal and run.order is not None and index < run.order(item):
+                continue
+            # The clause over constants: each term is known, so it is either void or forbids the plan.
+            model.add_bool_or([literal.negated(), *([model.new_constant(1)] if better.any() else [])])

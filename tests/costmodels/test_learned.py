@@ -1,0 +1,298 @@
+"""Learned predictors: conformance, safe files, equal bytes, intervals, ranges, and what they fall back to."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from costmodels import DecodeAttention, Gemm, GroupedGemm, LearnedModel, PrefillAttention, RooflineModel
+from costmodels.learned.data import Problem, problems
+from costmodels.learned.model import _folder, artifact_rows
+from costmodels.learned.shapes import COLUMNS, FAMILIES, bound_s, closed_form, columns, make_batch
+from costmodels.learned.train import hashed, interval, split, train, train_one
+from costmodels.learned.trees import content_hash, from_boosting, pack, unpack
+from hardware import InputError, load_catalog
+from tests.costmodels.conformance import check
+from tests.costmodels.devices import A100, ALL, B200, H100, MI300X
+
+ROWS = {row["name"]: row for row in artifact_rows()}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+@pytest.mark.parametrize("device", [H100, A100, B200, MI300X], ids=lambda d: d.name)
+def test_conformance(engine: str, device: Any) -> None:
+    check(LearnedModel(engine), device)
+
+
+def test_conformance_without_the_sustained_correction() -> None:
+    check(LearnedModel("vllm", sustained=False), H100)
+
+
+# --- what ships ----------------------------------------------------------------------------------
+
+
+def test_shipped_files_are_small_and_match_their_index() -> None:
+    assert len(ROWS) > 150
+    folder = _folder()
+    total = 0
+    for name, row in ROWS.items():
+        data = (folder / row["file"]).read_bytes()
+        total += len(data)
+        assert len(data) == row["size_bytes"] < 120_000, name
+        assert content_hash(data) == row["id"], name
+    assert total < 12_000_000
+    assert {path.name for path in folder.glob("*.npz")} == {row["file"] for row in ROWS.values()}
+
+
+def test_every_card_is_whole() -> None:
+    for name, row in ROWS.items():
+        _, card = unpack(_folder() / row["file"])
+        assert card["key"] == name
+        assert card["data"].startswith("aiconfigurator-core")
+        assert card["data_license"] == "Apache-2.0"
+        assert card["rows"] >= 400
+        assert set(card["range"]) == set(COLUMNS[card["family"]])
+        assert all(low <= 0 <= high for low, high in card["interval"])
+        assert "whole groups" in card["split"]
+
+
+def test_files_hold_no_pickles() -> None:
+    for row in list(ROWS.values())[::20]:
+        with zipfile.ZipFile(_folder() / row["file"]) as archive:
+            for entry in archive.namelist():
+                if entry.endswith(".npy"):
+                    with archive.open(entry) as file:
+                        np.lib.format.read_array(file, allow_pickle=False)
+
+
+def test_errors_stand_where_they_were_judged() -> None:
+    """By family, the held-out errors that the cards report: what a change must not make worse."""
+
+    def mean(*parts: str) -> float:
+        found = [row["mape"] for name, row in ROWS.items() if all(part in name for part in parts)]
+        assert found, parts
+        return float(np.mean(found))
+
+    assert mean("h100-sxm-80gb/trtllm/gemm/bf16") < 0.035
+    assert mean("/gemm/bf16") < 0.065
+    assert mean("/prefill/") < 0.06
+    assert mean("/decode/") < 0.06
+    for name, row in ROWS.items():
+        assert row["mape"] < row["closed_form_mape"] * 1.05 or row["mape"] < 0.1, name
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+
+def test_a_measured_device_is_learned_and_says_how_well() -> None:
+    model = LearnedModel("vllm")
+    for op in (
+        Gemm(np.array([1.0, 64, 4096]), 8192, 4096),
+        DecodeAttention(np.array([1.0, 32]), 2048.0, 32, 8, 128, 128),
+        PrefillAttention(np.array([128.0, 2048]), 0.0, 32, 8, 128, 128),
+        GroupedGemm(np.array([1.0, 512]), 4096, 1536, 128, 128, 8, "fp8_block", "fp8_block"),
+    ):
+        guess = model.predict(op, H100)
+        assert guess.kind == "learned"
+        assert "held-out error" in guess.source
+        near = RooflineModel("vllm").predict(op, H100)
+        assert (guess.time_s / near.time_s > 0.3).all()
+        assert (guess.time_s / near.time_s < 3.5).all()
+
+
+def test_what_was_not_measured_falls_back() -> None:
+    model, plain = LearnedModel("vllm"), RooflineModel("vllm")
+    for op, device in (
+        (Gemm(64.0, 4096, 4096), MI300X),
+        (Gemm(64.0, 512, 128, batch=16), H100),
+        (DecodeAttention(8.0, 1024.0, 128, 1, 576, 512, latent=True), H100),
+        (GroupedGemm(64.0, 2880, 2880, 32, 8, 4, gated=False), H100),
+    ):
+        mine, theirs = model.predict(op, device), plain.predict(op, device)
+        assert mine.kind == theirs.kind
+        np.testing.assert_array_equal(mine.time_s, theirs.time_s)
+
+
+def test_beyond_the_measured_range_the_interval_widens() -> None:
+    model = LearnedModel("vllm")
+
+    def spread(n: int) -> float:
+        guess = model.predict(Gemm(512.0, n, 8192), H100)
+        return float(guess.high_s / guess.low_s)
+
+    assert spread(262_144) > 1.2 * spread(65_536)
+    assert "beyond the measured range" in model.predict(Gemm(512.0, 262_144, 8192), H100).source
+    assert "beyond" not in model.predict(Gemm(512.0, 8192, 8192), H100).source
+
+
+def test_cached_context_costs_more_than_none() -> None:
+    model = LearnedModel("sglang")
+    none, some, much = (
+        float(model.predict(PrefillAttention(512.0, c, 32, 8, 128, 128), H100).time_s)
+        for c in (0.0, 4096.0, 32768.0)
+    )
+    assert none < some < much
+
+
+def test_a_device_with_other_peaks_is_not_the_measured_one() -> None:
+    from dataclasses import replace
+
+    slower = replace(H100, memory_bandwidth_bytes_per_s=0.5 * H100.memory_bandwidth_bytes_per_s)
+    assert LearnedModel("vllm").predict(Gemm(64.0, 4096, 4096), slower).kind != "learned"
+
+
+# --- features and trees --------------------------------------------------------------------------
+
+
+@given(st.sampled_from(FAMILIES), st.integers(0, 2**31), st.sampled_from([d.name for d in ALL]))
+@settings(max_examples=40)
+def test_features_are_finite_and_rows_do_not_mix(family: str, seed: int, name: str) -> None:
+    device = load_catalog().device(name)
+    rng = np.random.default_rng(seed)
+    sizes = {
+        "kv_bytes": lambda n: rng.choice([1.0, 2.0], n),
+        "window": lambda n: rng.choice([0.0, 128.0, 4096.0], n),
+        "head_dim": lambda n: rng.choice([64.0, 128.0, 256.0], n),
+    }
+    values = {
+        column: sizes.get(column, lambda n: np.floor(2.0 ** rng.uniform(0, 13, n)))(9)
+        for column in COLUMNS[family]
+    }
+    raw = columns(family, **values)
+    batch = make_batch(family, raw, device, "vllm", "bf16")
+    assert np.isfinite(batch.features).all()
+    assert (batch.base_s > 0).all()
+    one = make_batch(family, raw[4:5], device, "vllm", "bf16")
+    np.testing.assert_array_equal(one.features[0], batch.features[4])
+    assert (bound_s(family, raw, device, "bf16") > 0).all()
+
+
+def test_features_have_not_changed_under_shipped_artifacts() -> None:
+    """Whoever changes a feature raises FEATURES_VERSION and fits anew."""
+    raw = columns("gemm", m=np.array([1.0, 48, 1000]), n=4096, k=1536)
+    total = float(make_batch("gemm", raw, H100, "vllm", "bf16").features.astype(np.float64).sum())
+    assert total == pytest.approx(GEMM_FEATURES_SUM, rel=1e-5)
+
+
+GEMM_FEATURES_SUM = 367.183
+
+
+def _toy(seed: int = 0, rows: int = 600, family: str = "gemm") -> Problem:
+    rng = np.random.default_rng(seed)
+    raw = columns(
+        "gemm",
+        m=np.floor(2.0 ** rng.uniform(0, 12, rows)),
+        n=rng.choice([512.0, 1024, 4096, 8192], rows),
+        k=rng.choice([512.0, 2048, 4096], rows),
+    )
+    base = make_batch("gemm", raw, H100, "vllm", "bf16").base_s
+    seconds = base * np.where(raw[:, 0] % 16 == 0, 1.0, 1.2)
+    return Problem(H100.name, "vllm", "gemm", "bf16", "0", raw, seconds, raw[:, 1] * 1e6 + raw[:, 2])
+
+
+def test_trees_equal_scikit_learn_and_survive_a_file(tmp_path: Path) -> None:
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(800, 5)).astype(np.float32)
+    y = x[:, 0] * 2 + np.sin(3 * x[:, 1]) + (x[:, 2] > 0.3)
+    model = HistGradientBoostingRegressor(max_iter=40, max_leaf_nodes=15, random_state=0).fit(x, y)
+    trees = from_boosting(model)
+    # Leaves are rounded to 16 bits: 40 of them, 11 bits of mantissa each.
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=5e-3)
+    path = tmp_path / "t.npz"
+    path.write_bytes(pack(trees, {"name": "toy"}))
+    again, card = unpack(path)
+    assert card["name"] == "toy"
+    np.testing.assert_array_equal(again.predict(x), trees.predict(x))
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("card.json", json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        unpack(path)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def test_equal_data_and_seed_make_equal_bytes() -> None:
+    first, card = train_one(_toy(), 0)
+    second, _ = train_one(_toy(), 0)
+    assert first == second
+    assert card["mape"] < 0.05 < card["closed_form_mape"]
+
+
+@given(st.lists(st.integers(0, 400), min_size=30, max_size=400))
+def test_groups_are_never_torn(groups: list[int]) -> None:
+    parts = split(np.array(groups))
+    assert np.array_equal(sum(part.astype(int) for part in parts), np.ones(len(groups)))
+    for part in parts:
+        inside = {g for g, p in zip(groups, part, strict=True) if p}
+        outside = {g for g, p in zip(groups, part, strict=True) if not p}
+        assert not inside & outside
+
+
+def test_hashes_do_not_depend_on_the_order() -> None:
+    names = np.array(["b", "a", "c", "a"])
+    assert hashed(names)[1] == hashed(names)[3] == hashed(names[::-1])[0]
+
+
+def test_intervals_cover_what_they_promise() -> None:
+    rng = np.random.default_rng(0)
+    error, base = rng.normal(0, 0.05, 40_000), 10.0 ** rng.uniform(-6, -2, 40_000)
+    bounds = interval(error[:20_000], base[:20_000], 200)
+    from costmodels.learned.shapes import time_class
+
+    low, high = np.array(bounds)[time_class(base[20_000:])].T
+    inside = (error[20_000:] >= low) & (error[20_000:] <= high)
+    assert 0.885 < inside.mean() < 0.92
+
+
+def _tables(folder: Path, rows: int = 900) -> None:
+    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
+    pytest.importorskip("pyarrow", reason="reading measurements needs the extra `train`")
+    problem = _toy(3, rows)
+    target = folder / "h100_sxm" / "gemm" / "vllm" / "0.1.0"
+    target.mkdir(parents=True)
+    frame = pd.DataFrame(problem.raw.astype(int), columns=["m", "n", "k"]).drop_duplicates()
+    frame["gemm_dtype"] = "bfloat16"
+    frame["latency"] = problem.seconds[frame.index] * 1e3
+    broken = frame.iloc[:5].assign(latency=0.0, m=77_777)
+    pd.concat([frame, frame.iloc[:50], broken]).to_parquet(target / "gemm_perf.parquet")
+
+
+def test_tables_are_cleaned_and_trained(tmp_path: Path) -> None:
+    _tables(tmp_path / "data")
+    (problem,) = problems(tmp_path / "data")
+    assert problem.dropped["duplicates"] == 50
+    assert problem.dropped["without time"] == 5
+    (card,) = train(tmp_path, tmp_path / "out")
+    assert card.key == "h100-sxm-80gb/vllm/gemm/bf16"
+    assert (tmp_path / "out" / card.file).stat().st_size == card.size_bytes
+    assert card.mape < card.closed_form_mape
+
+
+def test_training_without_tables_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no kernel tables"):
+        train(tmp_path, tmp_path / "out")
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    _tables(tmp_path / "data")
+    with pytest.raises(InputError, match="--only"):
+        train(tmp_path, tmp_path / "out", only=["h999"])
+
+
+def test_what_stands_for_a_family_is_a_closed_form() -> None:
+    for family in FAMILIES:
+        assert closed_form(family, H100, "vllm", "bf16").fit.family == family
