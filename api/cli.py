@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("plan", "evaluate", "fleet", "sweep", "catalog", "schema", "train")
+COMMANDS = ("plan", "evaluate", "fleet", "sweep", "catalog", "schema", "train", "profile")
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
+ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
 
 
@@ -133,6 +134,31 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the fits (default: 0)")
     train.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
 
+    profile = commands.add_parser(
+        "profile",
+        help="measure kernels on the GPU of this machine",
+        description="Time GEMM and attention kernels on an NVIDIA or AMD GPU through PyTorch (extra "
+        "`profile`), with power and clocks, into tables that `planfront train` reads. What is measured is "
+        "kept: an interrupted run goes on where it stopped.",
+        epilog="example: planfront profile --out tables --quick",
+    )
+    profile.add_argument("--out", metavar="DIR", required=True, help="where the tables go")
+    profile.add_argument(
+        "--engine",
+        metavar="NAME",
+        default="vllm",
+        choices=ENGINES,
+        help="whose kernels they stand for (default: vllm)",
+    )
+    profile.add_argument(
+        "--device", metavar="NAME", default="", help="the catalog's name, when the driver's is unknown"
+    )
+    profile.add_argument("--quick", action="store_true", help="some hundred shapes instead of some thousand")
+    profile.add_argument(
+        "--budget", metavar="S", type=float, default=float("inf"), help="seconds to measure at most"
+    )
+    profile.add_argument("--quiet", action="store_true", help="no progress")
+
     schema = commands.add_parser(
         "schema",
         help="print a JSON schema",
@@ -159,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "catalog": _catalog,
         "schema": _schema,
         "train": _train,
+        "profile": _profile,
     }[given.command]
     try:
         code = run(given)
@@ -410,6 +437,22 @@ def _catalog(given: argparse.Namespace) -> int:
     from api.terminal import show_catalog
 
     show_catalog(given.what, rows)
+    return DONE
+
+
+def _profile(given: argparse.Namespace) -> int:
+    from costmodels.profile import Torch, profile
+
+    counts = profile(
+        Path(given.out),
+        Torch(),
+        engine=given.engine,
+        device=given.device,
+        quick=given.quick,
+        budget_s=given.budget,
+        progress=_note(given),
+    )
+    print(", ".join(f"{count} rows of {family}" for family, count in counts.items()), f"in {given.out}")
     return DONE
 
 

@@ -8,6 +8,7 @@ from costmodels.analytic import RooflineModel, utilisation
 from costmodels.base import CostModel, Prediction
 from costmodels.collectives import collective_time
 from costmodels.compile import compile_tables, lookup_decode_attention, lookup_prefill_attention
+from costmodels.learned import LearnedModel, artifact_rows
 from costmodels.ops import (
     BYTES_PER_ELEMENT,
     Collective,
@@ -39,6 +40,7 @@ __all__ = [
     "Gemm",
     "GroupedGemm",
     "HostOverhead",
+    "LearnedModel",
     "Operator",
     "Prediction",
     "PrefillAttention",
@@ -47,6 +49,7 @@ __all__ = [
     "Term",
     "active_experts",
     "arithmetic_intensity",
+    "artifact_rows",
     "bytes_moved",
     "causal_pairs",
     "collective_time",
@@ -65,4 +68,4 @@ __all__ = [
 @lru_cache(maxsize=8)
 def default_cost_model(engine: str = "vllm") -> CostModel:
     """The best predictor shipped for an engine's kernels (vllm, sglang, trtllm)."""
-    return RooflineModel(engine)
+    return LearnedModel(engine)

@@ -58,7 +58,7 @@ def test_documented_commands_parse() -> None:
     for document in DOCUMENTS:
         for block in blocks(document.read_text(encoding="utf-8"), "sh"):
             for line in re.findall(
-                r"planfront ((?:plan|evaluate|fleet|sweep|catalog|schema)[^\n&|#>]*)", block
+                r"planfront ((?:plan|evaluate|fleet|sweep|catalog|schema|train|profile)[^\n&|#>]*)", block
             ):
                 build_parser().parse_args(line.split())
 
