@@ -51,6 +51,8 @@ _BEHIND, _AHEAD = 8.0, 40.0
 _SHRINK = 30.0
 #: Exploration of nodes whose estimate is bad, which it may be by mistake.
 _DOUBT = 0.3
+#: Plans of a group that are gated and bounded at a time.
+_LOOK = 8
 
 
 @dataclass(slots=True, eq=False)
@@ -63,14 +65,24 @@ class _Leaf:
 
 
 @dataclass(slots=True, eq=False)
+class _Group:
+    """Plans of one layout and its formats: `rest` not looked at (last first), `leaves` to choose from."""
+
+    rest: list[tuple[PlanPoint, tuple[int, int]]]
+    leaves: list[_Leaf] = field(default_factory=list)
+    bounds: list[FloatArray] = field(default_factory=list)
+    looked: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class _Node:
-    """A decision taken. `groups` are the space's groups below it; `leaves` the plans of a single one."""
+    """A decision taken. `groups` are the space's groups below it."""
 
     level: int
     groups: list[int]
     parent: _Node | None = None
     children: list[_Node] | None = None
-    leaves: list[_Leaf] | None = None
+    left: int | None = None  # plans of a bottom node that are neither simulated nor left out
     prior: FloatArray | None = None
     visits: int = 0
     pending: int = 0
@@ -128,7 +140,7 @@ class _Tree:
         self.low = np.full(len(run.objectives), np.inf)
         self.high = np.full(len(run.objectives), -np.inf)
         self.places: dict[str, tuple[int, int]] = {}
-        self.gated: dict[int, list[_Leaf]] = {}
+        self.gated: dict[int, _Group] = {}
         self.hopeless: list[tuple[PlanPoint, float, tuple[int, int]]] = []
         self.nodes = self.descents = 0
 
@@ -254,10 +266,15 @@ class _Tree:
         return float(self._scores(self._estimate(node.prior, node), weights).max())
 
     def _probe(self, node: _Node) -> FloatArray:
-        """[n, m] bounds of the plans of a few groups below a node, spread over them."""
+        """[n, m] bounds of some plans of a few groups below a node, spread over them."""
         count = len(node.groups)
         picked = {round(share * (count - 1)) for share in (0.0, 1 / 3, 2 / 3, 1.0)}
-        found = [leaf.bound for index in sorted(picked) for leaf in self._leaves(node.groups[index])]
+        found = []
+        for index in sorted(picked):
+            group = self._group(node.groups[index])
+            if not group.looked:
+                self._look(group, _LOOK)
+            found += group.bounds
         return np.array(found).reshape(len(found), len(self.low))
 
     # --- the tree's parts ---------------------------------------------------------------------
@@ -270,36 +287,57 @@ class _Tree:
         node.children = [_Node(node.level + 1, groups, node) for groups in parts.values()]
         self.nodes += len(node.children)
 
-    def _leaves(self, group: int) -> list[_Leaf]:
-        """The plans of a group that can run and may meet the SLO, gated once."""
-        if group not in self.gated:
-            run = self.run
-            passed, rejected = run.gate(group)
-            run.rejected += rejected
-            run.rejected_plans += sum(item.plans for item in rejected)
-            leaves = []
-            for index, (point, bound, distance) in enumerate(passed):
-                self.places[point.id] = (group, index)
-                self.low, self.high = np.minimum(self.low, bound), np.maximum(self.high, bound)
-                if distance > EQUAL:
-                    self.hopeless.append((point, distance, (group, index)))
-                else:
-                    leaves.append(_Leaf(point, bound, (group, index)))
-            self.gated[group] = leaves
-            run.tell("tree search")
-        return self.gated[group]
+    def _group(self, index: int) -> _Group:
+        if index not in self.gated:
+            points = list(self.run.space.points(*self.run.space.groups[index]))
+            # The engine's defaults first, the rest mixed, so that a few stand for all.
+            order = [0, *(1 + self.rng.permutation(len(points) - 1))] if len(points) > 1 else [0]
+            self.gated[index] = _Group([(points[i], (index, int(i))) for i in order][::-1])
+        return self.gated[index]
+
+    def _look(self, group: _Group, count: int) -> None:
+        """Gate and bound so many more plans of a group."""
+        run = self.run
+        places = {}
+        for _ in range(min(count, len(group.rest))):
+            point, place = group.rest.pop()
+            places[point] = place
+            self.places[point.id] = place
+        group.looked += len(places)
+        passed, rejected = run.gate_points(places)
+        run.rejected += rejected
+        run.rejected_plans += sum(item.plans for item in rejected)
+        for point, bound, distance in passed:
+            self.low, self.high = np.minimum(self.low, bound), np.maximum(self.high, bound)
+            group.bounds.append(bound)
+            if distance > EQUAL:
+                self.hopeless.append((point, distance, places[point]))
+            else:
+                group.leaves.append(_Leaf(point, bound, places[point]))
+        run.tell("tree search")
 
     def _take(self, node: _Node, weights: FloatArray) -> _Leaf | None:
-        """The most promising plan left of a node, after those that the front has beaten are dropped."""
-        if node.leaves is None:
-            node.leaves = [leaf for group in node.groups for leaf in self._leaves(group)]
-        alive = [leaf for leaf in node.leaves if not self._beaten(leaf)]
-        self.run.bounded += len(node.leaves) - len(alive)
-        node.leaves = alive
+        """The most promising plan left of a node, after those that the front has beaten are dropped.
+
+        A group is looked at a few plans at a time: bounds cost, and most groups never matter.
+        """
+        groups = [self._group(index) for index in node.groups]
+        alive: list[tuple[_Group, _Leaf]] = []
+        for group in groups:
+            if group.rest:
+                self._look(group, _LOOK)
+            kept = [leaf for leaf in group.leaves if not self._beaten(leaf)]
+            self.run.bounded += len(group.leaves) - len(kept)
+            group.leaves = kept
+            alive += [(group, leaf) for leaf in kept]
+        node.left = sum(len(group.leaves) + len(group.rest) for group in groups)
         if not alive:
             return None
-        bounds = np.array([leaf.bound for leaf in alive])
-        return alive.pop(int(self._scores(self._estimate(bounds, node), weights).argmax()))
+        bounds = np.array([leaf.bound for _, leaf in alive])
+        best, leaf = alive[int(self._scores(self._estimate(bounds, node), weights).argmax())]
+        best.leaves.remove(leaf)
+        node.left -= 1
+        return leaf
 
     def _beaten(self, leaf: _Leaf) -> bool:
         """Whether the front makes a plan superfluous.
@@ -323,8 +361,8 @@ class _Tree:
         """Mark a node, and those above it, when nothing is left of them."""
         at: _Node | None = node
         while at is not None:
-            if at.leaves is not None:
-                at.done = not at.leaves
+            if at.left is not None:
+                at.done = at.left == 0
             elif at.children is not None:
                 at.done = all(child.done for child in at.children)
             if not at.done:

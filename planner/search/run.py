@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +102,15 @@ class SearchRun:
 
     def gate(self, group: int) -> tuple[list[tuple[PlanPoint, FloatArray, float]], list[Rejected]]:
         """(plan, bounds on the objectives, least SLO miss) of a group's plans that can run; the others."""
+        return self.gate_points(self.space.points(*self.space.groups[group]))
+
+    def gate_points(
+        self, points: Iterable[PlanPoint]
+    ) -> tuple[list[tuple[PlanPoint, FloatArray, float]], list[Rejected]]:
+        """The same for any plans."""
         passed: list[tuple[PlanPoint, FloatArray, float]] = []
         reasons: dict[str, list[PlanPoint]] = {}
-        for point in self.space.points(*self.space.groups[group]):
+        for point in points:
             reason = self.evaluator.reject(point)
             if reason:
                 reasons.setdefault(reason, []).append(point)
