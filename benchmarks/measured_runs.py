@@ -168,10 +168,12 @@ def compare(runs: pd.DataFrame, planner: Planner, host: dict[str, float] | None 
 FRONT_END = ("request_s", "request_per_token_s")
 #: What a fit may change, in the order in which it does.
 FITTED = {  # first step of the search, most it may be
-    "request_s": (20e-3, 0.2),
+    # Limits are what the engines' own designs leave plausible: SGLang and vLLM overlap scheduling with the
+    # device (SGLang v0.4, "zero-overhead batch scheduler"), and a front end is a few processes.
+    "request_s": (20e-3, 60e-3),
     "request_per_token_s": (4e-6, 40e-6),
     "overlap_s": (1e-6, 4e-6),
-    "decode_step_s": (0.4e-3, 5e-3),
+    "decode_step_s": (0.4e-3, 1e-3),
     "decode_per_sequence_s": (4e-6, 40e-6),
     "mixed_step_s": (2e-3, 10e-3),
     "mixed_per_token_s": (1e-6, 10e-6),

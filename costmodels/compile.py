@@ -319,13 +319,17 @@ def compile_tables(
 
     breakdown: dict[str, dict[str, FloatArray]] = {}
     for category in CATEGORIES:
-        per = {name: part.categories[category][index] / pipeline for name, (part, index) in at.items()}
+        # Tables of routed experts over many ranks have a million entries: none that are all zero.
+        per = {
+            name: part.categories[category][index] / pipeline
+            for name, (part, index) in at.items()
+            if name in ("mixed", "decode") or part.categories[category].any()
+        }
         per["decode"] = per["decode"] + logits.categories[category][n] / pipeline
         breakdown[category] = per
     breakdown["host"] = {
         "mixed": (host_mixed + waiting.max(axis=0)) / pipeline,
         "decode": (host_decode + stalled.max(axis=0)) / pipeline,
-        **{name: np.zeros_like(breakdown["gemm"][name]) for name in ("moe_mixed", "moe_decode", "logits")},
     }
     attention = _attention(
         terms, device, model, max_slot_tokens, seqs, max_context_tokens, cap_tokens, rows, scale

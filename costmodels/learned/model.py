@@ -78,7 +78,7 @@ def _index() -> dict[str, dict[str, Any]]:
 
 def artifact_rows() -> list[dict[str, Any]]:
     """What `planfront catalog costmodels` lists: one plain dict per shipped predictor."""
-    return [{"name": key, **row} for key, row in sorted(_index().items())]
+    return [{"name": key, **row, "source": row["data"]} for key, row in sorted(_index().items())]
 
 
 _LOADED: dict[tuple[Any, ...], Artifact | None] = {}

@@ -153,7 +153,7 @@ def test_accounting_adds_up() -> None:
     assert 0 < tables.decode_attention_w <= 4 * 630
     low, high = tables.interval_factor
     assert 0.5 < low < 1 < high < 2
-    assert {row["kind"] for row in tables.provenance} <= {"roofline", "measured", "transferred"}
+    assert {row["kind"] for row in tables.provenance} <= {"roofline", "measured", "learned", "transferred"}
     assert all({"operator", "device", "source", "kind"} <= set(row) for row in tables.provenance)
 
 
