@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("plan", "evaluate", "fleet", "sweep", "catalog", "schema", "train", "profile")
+COMMANDS = ("plan", "evaluate", "fleet", "sweep", "export", "catalog", "schema", "train", "profile")
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
@@ -108,6 +108,20 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workers", metavar="N", type=int, help="threads that simulate (default: all cores)")
     sweep.add_argument("--quiet", action="store_true", help="no progress")
 
+    export = commands.add_parser(
+        "export",
+        help="a plan as a command line or manifest",
+        description="Write one plan of a result as what an engine or a cluster takes; each option names the "
+        "field of the plan behind it.",
+        epilog="example: planfront export result.json --plan recommended --target vllm",
+    )
+    stdin = "result of `planfront plan --json`, or - for standard input"
+    export.add_argument("result", metavar="RESULT", help=stdin)
+    export.add_argument("--plan", metavar="ID", default="recommended", help="default: the recommended")
+    targets = "vllm, sglang, trtllm, kubernetes, dynamo or rayserve"
+    export.add_argument("--target", metavar="T", required=True, help=targets)
+    export.add_argument("--out", metavar="DIR", help="write the files there instead of printing them")
+
     catalog = commands.add_parser(
         "catalog",
         help="list what is known, with sources",
@@ -182,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "fleet": _fleet,
         "sweep": _sweep,
+        "export": _export,
         "catalog": _catalog,
         "schema": _schema,
         "train": _train,
@@ -405,6 +420,30 @@ def _sweep(given: argparse.Namespace) -> int:
 
         show_sweep(answer)
     return DONE if any(point["status"] == "ok" for point in answer["points"]) else NO_PLAN
+
+
+def _export(given: argparse.Namespace) -> int:
+    from api.files import read_document
+    from hardware.errors import InputError
+    from planner.exports import export_result
+
+    data, _ = read_document(given.result)
+    if not isinstance(data, dict) or not isinstance(data.get("plans"), list) or "request" not in data:
+        raise InputError(given.result, "is no result of `planfront plan --json`")
+    artifact = export_result(data, given.plan, given.target)
+    if not given.out:
+        sys.stdout.write(artifact.text())
+        return DONE
+    folder = Path(given.out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError("--out", f"{given.out} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in artifact.files.items():
+        _write(str(folder / name), text)
+        print(folder / name)
+    for note in artifact.notes:
+        print(f"note: {note}")
+    return DONE
 
 
 def _catalog(given: argparse.Namespace) -> int:

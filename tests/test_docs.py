@@ -58,7 +58,8 @@ def test_documented_commands_parse() -> None:
     for document in DOCUMENTS:
         for block in blocks(document.read_text(encoding="utf-8"), "sh"):
             for line in re.findall(
-                r"planfront ((?:plan|evaluate|fleet|sweep|catalog|schema|train|profile)[^\n&|#>]*)", block
+                r"planfront ((?:plan|evaluate|fleet|sweep|export|catalog|schema|train|profile)[^\n&|#>]*)",
+                block,
             ):
                 build_parser().parse_args(line.split())
 

@@ -82,3 +82,30 @@ def test_bad_sweeps_name_what_is_wrong(
 ) -> None:
     assert main(["sweep", str(files / "plan.yaml"), "--vary", vary, "--values", values]) == 2
     assert capsys.readouterr().err.startswith(f"planfront: error: {path}: ")
+
+
+def test_export_writes_what_an_engine_takes(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = files / "result.json"
+    assert main(["plan", str(files / "plan.yaml"), "--quiet", "--json", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["export", str(out), "--target", "vllm"]) == 0
+    assert "vllm serve meta-llama/Llama-3.2-1B" in capsys.readouterr().out
+    assert main(["export", str(out), "--target", "kubernetes", "--out", str(files / "k8s")]) == 0
+    assert (files / "k8s" / "deployment.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan.yaml", "--target", "vllm"], "is no result of"),
+        (["result.json", "--target", "podman"], "--target: must be one of"),
+        (["result.json", "--target", "vllm", "--plan", "nope"], "--plan: the result has no plan 'nope'"),
+    ],
+)
+def test_bad_exports_name_what_is_wrong(
+    files: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(["plan", str(files / "plan.yaml"), "--quiet", "--json", str(files / "result.json")]) == 0
+    capsys.readouterr()
+    assert main(["export", str(files / arguments[0]), *arguments[1:]]) == 2
+    assert words in capsys.readouterr().err

@@ -17,6 +17,7 @@ from costmodels import (
     GroupedGemm,
     HostOverhead,
     PrefillAttention,
+    RooflineModel,
     StepTables,
     Term,
     bytes_moved,
@@ -30,7 +31,8 @@ from hardware import InputError
 from tests.costmodels.devices import H100
 from tests.costmodels.shapes import llama_70b
 
-MODEL = default_cost_model("vllm")
+# Smooth, so that what is judged is the interpolation; the learned model has steps of its own.
+MODEL = RooflineModel("vllm")
 
 
 def build(terms: list[Term], **changes: Any) -> StepTables:
@@ -81,6 +83,24 @@ def test_decode_attention_lookup(n: int, context: int) -> None:
     op = DecodeAttention(n, context, 16, 2, 128, 128)
     want = 80 * float(MODEL.predict(op, H100).time_s)
     assert lookup_decode_attention(tables, n, context) == pytest.approx(want, rel=0.05)
+
+
+def test_lookups_of_the_learned_model_are_close_on_average() -> None:
+    """Trees have steps where the measured grid has points; a line between knots cuts their corners."""
+    learned = default_cost_model("vllm")
+    terms = llama_70b()
+    tables = compile_tables(
+        terms, H100, learned, pipeline=1, attention_data=1, max_slot_tokens=2048, max_slot_sequences=256,
+        max_context_tokens=32768, cap_tokens=0, host=HostOverhead(), devices_per_worker=4,
+    )  # fmt: skip
+    rng = np.random.default_rng(7)
+    errors = []
+    for n, context in zip(rng.integers(1, 256, 120), rng.integers(64, 32768, 120), strict=True):
+        op = DecodeAttention(float(n), float(context), 16, 2, 128, 128)
+        want = 80 * float(learned.predict(op, H100).time_s)
+        errors.append(abs(lookup_decode_attention(tables, float(n), float(context)) / want - 1))
+    assert np.mean(errors) < 0.02
+    assert max(errors) < 0.15
 
 
 def test_prefill_attention_lookup() -> None:
