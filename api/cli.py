@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("plan", "evaluate", "fleet", "sweep", "export", "catalog", "schema", "train", "profile")
+COMMANDS = ("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog", "schema", "train", "profile")
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
@@ -79,6 +79,20 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("file", metavar="FILE")
     evaluate.add_argument("--json", metavar="OUT", help="write answers there; - for standard output")
     evaluate.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
+
+    batch = commands.add_parser(
+        "batch",
+        help="plan a file of requests, each to a file of its own",
+        description="Plan every line of a .jsonl file (a planning request, optional `id`). Answers are whole "
+        "files in DIR; after an interruption --resume works on what is missing. Exit code 0, or 3 when no "
+        "request could be met.",
+        epilog="example: planfront batch requests.jsonl --out answers --resume",
+    )
+    batch.add_argument("file", metavar="FILE")
+    batch.add_argument("--out", metavar="DIR", required=True, help="where the answers go")
+    batch.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
+    batch.add_argument("--resume", action="store_true", help="keep answers that are there")
+    batch.add_argument("--quiet", action="store_true", help="no progress")
 
     fleet = commands.add_parser(
         "fleet",
@@ -194,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "plan": _plan,
         "evaluate": _evaluate,
+        "batch": _batch,
         "fleet": _fleet,
         "sweep": _sweep,
         "export": _export,
@@ -367,6 +382,25 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 def _note(given: argparse.Namespace) -> Callable[[str], None] | None:
     return None if given.quiet else lambda text: print(text, file=sys.stderr, flush=True)
+
+
+def _batch(given: argparse.Namespace) -> int:
+    from api.batch import run_batch
+    from api.files import open_file
+    from hardware.errors import InputError
+
+    path, out = Path(given.file), Path(given.out)
+    open_file(path).close()
+    if out.exists() and not out.is_dir():
+        raise InputError("--out", f"{given.out} is a file; name a folder")
+    workers = _workers(given.workers)
+    counts = run_batch(path, out, workers=workers, resume=given.resume, progress=_note(given))
+    kept = f", {counts.kept} of them kept" if counts.kept else ""
+    print(
+        f"{counts.total} requests: {counts.ok} planned, {counts.infeasible} that no plan meets, "
+        f"{counts.errors} with errors{kept}; {out / 'summary.jsonl'}"
+    )
+    return NO_PLAN if counts.total and not counts.ok else DONE
 
 
 def _fleet(given: argparse.Namespace) -> int:

@@ -57,10 +57,7 @@ def test_every_command_and_option_is_documented() -> None:
 def test_documented_commands_parse() -> None:
     for document in DOCUMENTS:
         for block in blocks(document.read_text(encoding="utf-8"), "sh"):
-            for line in re.findall(
-                r"planfront ((?:plan|evaluate|fleet|sweep|export|catalog|schema|train|profile)[^\n&|#>]*)",
-                block,
-            ):
+            for line in re.findall(rf"planfront ((?:{'|'.join(commands())})[^\n&|#>]*)", block):
                 build_parser().parse_args(line.split())
 
 

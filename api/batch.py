@@ -1,0 +1,195 @@
+"""`planfront batch`: many planning requests from a file, each answer a file of its own; survives a kill.
+
+    DIR/000001-<id>.json   the result of line 1 (a planning result, or {"status": "error", "error": ...})
+    DIR/summary.jsonl      one line per request, in order, written when all are done
+
+Answers are written beside their place and moved into it, so that a file that is there is whole. A run with
+`--resume` keeps those that answer the same line under the same version, and works on the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from api.evaluate import problem
+from api.files import MAX_LINE_BYTES, parse_json, read_lines
+from hardware.errors import InputError
+
+if TYPE_CHECKING:
+    from planner.pipeline import Planner
+
+_planner: Planner | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the requests."""
+
+    ok: int = 0
+    infeasible: int = 0
+    errors: int = 0
+    kept: int = 0
+
+    @property
+    def total(self) -> int:
+        """All requests, kept ones included in their own status."""
+        return self.ok + self.infeasible + self.errors
+
+
+def run_batch(
+    path: Path,
+    out_dir: Path,
+    *,
+    workers: int = 1,
+    resume: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Counts:
+    """Plan every line of a file. Raises InputError for a folder with answers when not resuming."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not resume and any(out_dir.glob("[0-9]*.json")):
+        raise InputError(
+            "--out", f"{out_dir} holds answers already; add --resume to keep them, or name another"
+        )
+    base = str(path.resolve().parent)
+    summaries: dict[int, dict[str, Any]] = {}
+    kept = 0
+
+    def take(summary: dict[str, Any]) -> None:
+        summaries[summary["line"]] = summary
+        if progress:
+            progress(f"line {summary['line']}: {summary['status']}")
+
+    def open_lines() -> Iterator[tuple[int, bytes | None, Path]]:
+        nonlocal kept
+        for number, line in read_lines(path):
+            target = out_dir / _name(number, line)
+            found = _kept(target, number, line) if resume else None
+            if found is not None:
+                kept += 1
+                take(found)
+                continue
+            yield number, line, target
+
+    if workers <= 1:
+        _start(base)
+        for number, line, target in open_lines():
+            take(_work(number, line, str(target)))
+    else:
+        with ProcessPoolExecutor(workers, initializer=_start, initargs=(base,)) as pool:
+            waiting: set[Future[dict[str, Any]]] = set()
+            for number, line, target in open_lines():
+                waiting.add(pool.submit(_work, number, line, str(target)))
+                # Few at a time: a request can be megabytes.
+                while len(waiting) >= 2 * workers:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        take(future.result())
+            for future in waiting:
+                take(future.result())
+    _write(
+        out_dir / "summary.jsonl",
+        "".join(json.dumps(summaries[number], allow_nan=False) + "\n" for number in sorted(summaries)),
+    )
+    states = [summary["status"] for summary in summaries.values()]
+    return Counts(states.count("ok"), states.count("infeasible"), states.count("error"), kept)
+
+
+def _name(number: int, line: bytes | None) -> str:
+    """A file name from a line's number and its id, if it has one that a file name can hold."""
+    ident = ""
+    if line is not None:
+        try:
+            data = json.loads(line)
+            ident = str(data.get("id") or "") if isinstance(data, dict) else ""
+        except ValueError:
+            ident = ""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", ident).strip(".-")[:60]
+    return f"{number:06d}-{safe}.json" if safe else f"{number:06d}.json"
+
+
+def _mark(line: bytes | None) -> str:
+    """What an answer belongs to: the line and the version that answered it."""
+    from planner.pipeline import version
+
+    return hashlib.sha256(version().encode() + b"\0" + (line or b"")).hexdigest()[:16]
+
+
+def _kept(target: Path, number: int, line: bytes | None) -> dict[str, Any] | None:
+    """The summary of an answer that is there already, if it is one to this very line."""
+    try:
+        answer = json.loads(target.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(answer, dict) or answer.get("batch", {}).get("mark") != _mark(line):
+        return None
+    return _summary(number, answer, target)
+
+
+def _start(base_dir: str) -> None:
+    global _planner
+    from planner.pipeline import Planner
+
+    _planner = Planner(base_dir=Path(base_dir))
+
+
+def _work(number: int, line: bytes | None, target: str) -> dict[str, Any]:
+    """Plan one line and write its answer; the summary."""
+    assert _planner is not None
+    answer = {**_answer(_planner, number, line), "batch": {"line": number, "mark": _mark(line)}}
+    _write(Path(target), json.dumps(answer, allow_nan=False) + "\n")
+    return _summary(number, answer, Path(target))
+
+
+def _answer(planner: Planner, number: int, line: bytes | None) -> dict[str, Any]:
+    ident: Any = None
+    try:
+        if line is None:
+            raise InputError(f"line {number}", f"is longer than {MAX_LINE_BYTES >> 20} MB")
+        try:
+            data = parse_json(line.decode("utf-8"))
+        except ValueError as error:
+            raise InputError(f"line {number}", f"is not readable JSON: {error}"[:300]) from error
+        if not isinstance(data, Mapping):
+            raise InputError(f"line {number}", "must be a mapping of fields")
+        ident = data.get("id")
+        request = {key: value for key, value in data.items() if key != "id"}
+        return {"id": ident, **planner.plan(request).to_dict()}
+    except InputError as error:
+        return {"id": ident, "status": "error", "error": problem(error)}
+
+
+def _summary(number: int, answer: Mapping[str, Any], target: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "line": number,
+        "id": answer.get("id"),
+        "status": answer["status"],
+        "file": target.name,
+    }
+    if answer["status"] == "error":
+        return {**found, "error": answer["error"]}
+    recommended = (answer.get("recommended") or {}).get("plan_id")
+    metrics = next((p["metrics"] for p in answer["plans"] if p["id"] == recommended), None)
+    return {
+        **found,
+        "plan_id": recommended,
+        "front": len(answer["front"]),
+        "certified": answer["search"]["certified"],
+        "metrics": metrics
+        and {
+            name: metrics[name]
+            for name in ("output_tokens_per_s", "energy_j_per_output_token", "usd_per_million_output_tokens")
+        },
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
