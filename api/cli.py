@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog", "schema", "train", "profile")
+COMMANDS = (
+    "plan",
+    "evaluate",
+    "batch",
+    "fleet",
+    "sweep",
+    "export",
+    "catalog",
+    "schema",
+    "train",
+    "profile",
+    "validate",
+)
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
@@ -159,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--only", metavar="KEY", action="append", default=[], help="parts of keys to fit; repeatable"
     )
+    train.add_argument("--power", metavar="DIR", help="tables of sustained runs with power readings")
     train.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the fits (default: 0)")
     train.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
 
@@ -186,6 +199,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget", metavar="S", type=float, default=float("inf"), help="seconds to measure at most"
     )
     profile.add_argument("--quiet", action="store_true", help="no progress")
+
+    from api import validate
+
+    validate.add_parser(commands)
 
     schema = commands.add_parser(
         "schema",
@@ -216,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schema": _schema,
         "train": _train,
         "profile": _profile,
+        "validate": _validate,
     }[given.command]
     try:
         code = run(given)
@@ -546,10 +564,20 @@ def _train(given: argparse.Namespace) -> int:
     from costmodels.learned.train import train
 
     data = Path(given.data) if given.data else None
-    cards = train(data, out, only=given.only, seed=given.seed, workers=workers, progress=print)
+    power = Path(given.power) if given.power else None
+    cards = train(
+        data, out, only=given.only, seed=given.seed, workers=workers, power_dir=power, progress=print
+    )
     size_mb = sum(card.size_bytes for card in cards) / 1e6
     print(f"{len(cards)} predictors, {size_mb:.1f} MB, written to {out}")
     return DONE
+
+
+def _validate(given: argparse.Namespace) -> int:
+    from api.validate import run
+
+    _check_target(given.json)
+    return run(given, _write)
 
 
 def _schema(given: argparse.Namespace) -> int:

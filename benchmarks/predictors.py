@@ -22,7 +22,7 @@ from costmodels.learned.data import Problem, find_tables, problems
 from costmodels.learned.shapes import closed_form, make_batch, time_class
 from costmodels.learned.train import fit, judge
 
-BEYOND = {"gemm": ("m", 0, 4353.0), "prefill": ("query", 1, 4096.0), "decode": ("context", 1, 8192.0)}
+BEYOND = {"gemm": (0, 4353.0), "prefill": (1, 4096.0), "decode": (1, 8192.0)}  # column, largest fitted
 
 
 def forest(raw: np.ndarray, seconds: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -50,15 +50,11 @@ def rows_of(problem: Problem, with_forest: bool) -> list[str]:
     error, judged, bounds, inside = judge(batch, problem, ratio, 0)
     lines = [_line(problem, "unseen groups", error, ratio, judged, inside, bounds, batch, with_forest)]
     if problem.family in BEYOND:
-        _, column, edge = BEYOND[problem.family]
+        column, edge = BEYOND[problem.family]
         out = problem.raw[:, column] > edge
         if out.sum() > 100:
             trees = fit(batch, problem.seconds, problem.family, 0, ~out)
-            near = problem.raw.copy()
-            near[:, column] = np.minimum(near[:, column], edge)
-            # As in use: the correction of the nearest fitted size, on the closed form of the true one.
-            clamped = make_batch(problem.family, near, problem.device, problem.engine, problem.dtype, choice)
-            beyond = ratio - trees.predict(clamped.features)
+            beyond = ratio - trees.predict(batch.features)
             lines.append(_line(problem, "beyond sizes", beyond, ratio, out, None, None, batch, with_forest))
     return lines
 

@@ -1,16 +1,13 @@
 """Terms of a model's step compiled to `StepTables`: arrays the simulator reads in nanoseconds.
 
-GEMMs are evaluated at every size up to 64 and around every multiple of 16 above, where their tile
-staircase has its steps; between those a line is exact enough (tiles are at least 16 rows high).
-Attention is evaluated on knots about sqrt(2) apart. Curves are cached by what they depend on, so
-plans that differ in batching or in depth share them.
+Costs are evaluated at the sizes of `costmodels.sizes`, where predictors answer, with straight lines between.
+Curves are cached by what they depend on, so plans that differ in batching or in depth share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ import numpy as np
 from costmodels.base import CostModel
 from costmodels.ops import FloatArray, Operator
 from costmodels.roofline import bytes_moved, causal_pairs, flops, roofline_bound
+from costmodels.sizes import cached_knots, context_knots, length_knots, sample_sizes, sequence_knots
 from costmodels.table import HostOverhead, IntArray, StepTables, Term
 from hardware.device import Device
 from hardware.errors import InputError
@@ -59,17 +57,6 @@ class _Sum:
     flops: FloatArray
     bytes_moved: FloatArray
     categories: dict[str, FloatArray] = field(default_factory=dict)  # over all stages
-
-
-@lru_cache(maxsize=64)
-def sample_sizes(largest: int) -> FloatArray:
-    """Sizes 0..largest at which curves are evaluated, ascending: all up to 64, then x - 1, x, x + 1 around
-    each multiple of 16 up to 1024, of 64 up to 8192 and of 256 above."""
-    points = set(range(0, min(64, largest) + 1)) | {largest}
-    for start, stop, step in ((64, 1024, 16), (1024, 8192, 64), (8192, max(8193, largest + 1), 256)):
-        for x in range(start, min(stop, largest) + 1, step):
-            points |= {y for y in (x - 1, x, x + 1) if y <= largest}
-    return np.array(sorted(points), dtype=np.float64)
 
 
 _CACHE: dict[tuple[Any, ...], _Curve] = {}
@@ -197,31 +184,6 @@ def _padding(sizes: tuple[int, ...], largest: int) -> tuple[IntArray, FloatArray
 
 def _latency_cycle(stages: FloatArray) -> tuple[FloatArray, FloatArray]:
     return stages.sum(axis=0), stages.shape[0] * stages.max(axis=0)
-
-
-def sequence_knots(largest: int) -> FloatArray:
-    """Batch sizes at which decode attention is evaluated: 0, 1, 2, 3, 4, 6, 8, 12, ... up to `largest`."""
-    points = {0, 1, largest}
-    size = 2
-    while size <= largest:
-        points |= {
-            size,
-            min(largest, size * 5 // 4),
-            min(largest, size * 3 // 2),
-            min(largest, size * 7 // 4),
-        }
-        size *= 2
-    return np.array(sorted(points), dtype=np.float64)
-
-
-def context_knots(largest: int) -> FloatArray:
-    """Context lengths at which attention is evaluated: 0, then 16 growing by 2^(1/4) in whole tiles."""
-    points = {0.0, float(largest)}
-    size = 16.0
-    while size < largest:
-        points.add(float(round(size / 16) * 16))
-        size *= 2.0**0.25
-    return np.array(sorted(p for p in points if p <= largest), dtype=np.float64)
 
 
 def compile_tables(
@@ -406,13 +368,9 @@ def _attention(
     scale: float,
 ) -> _Attention:
     seq_knots, ctx_knots = sequence_knots(seqs), context_knots(context)
-    steps = int(np.ceil(4 * np.log2(max(2, tokens))))
-    len_knots = np.unique(np.minimum(np.round(2.0 ** (np.arange(steps + 1) / 4)), tokens)).astype(np.float64)
-    depth = int(np.ceil(2 * np.log2(context + 1)))
-    reached = np.round(np.minimum(2.0 ** (np.arange(depth + 1) / 2), context + 1.0))
-    cached_knots = (np.unique(reached) - 1.0).astype(np.float64)
+    len_knots, cached = length_knots(tokens), cached_knots(context)
     decode = (np.zeros((len(seq_knots), len(ctx_knots))), np.zeros((len(seq_knots), len(ctx_knots))))
-    prefill = (np.zeros((len(len_knots), len(cached_knots))), np.zeros((len(len_knots), len(cached_knots))))
+    prefill = (np.zeros((len(len_knots), len(cached))), np.zeros((len(len_knots), len(cached))))
     work, stored = [0.0, 0.0], [0.0, 0.0]
     stage = np.zeros(len(terms[0].stage_counts) if terms else 1)
     low = high = weight = 0.0
@@ -422,7 +380,7 @@ def _attention(
             continue
         often = float(sum(term.stage_counts))
         kind = 1 if term.capped and cap > 0 else 0
-        first, second = (seq_knots, ctx_knots) if term.size == "decode" else (len_knots, cached_knots)
+        first, second = (seq_knots, ctx_knots) if term.size == "decode" else (len_knots, cached)
         operator = term.operator(first[:, None], second[None, :])
         guess = model.predict(operator, device)
         time = np.broadcast_to(guess.time_s, (len(first), len(second))) * often
@@ -456,7 +414,7 @@ def _attention(
         seq_knots,
         ctx_knots,
         len_knots,
-        cached_knots,
+        cached,
         decode,
         prefill,
         float(len(stage) * shares.max()),

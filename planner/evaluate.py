@@ -8,6 +8,7 @@ batching limits or replicas only share their tables.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
 from planner.objectives import bound_vector
 from planner.plans import PlanPoint, PlanSpace, check_plan, half_format
+from planner.request import Site
 from planner.simulator import SchedulerConfig, SimulationResult, simulate
 from planner.workload import Workload
 
@@ -67,6 +69,7 @@ class Evaluator:
         *,
         slo: Mapping[str, Mapping[str, float]] | None = None,
         prices: Mapping[str, float] | None = None,
+        site: Site | None = None,
         table_tokens: int = 0,
         table_seqs: int = 0,
         tables: dict[tuple[Any, ...], StepTables] | None = None,
@@ -75,6 +78,7 @@ class Evaluator:
         self.engine, self.model = engine, model
         self.slo = dict(slo or {})
         self.prices = dict(prices or {})
+        self.site = site or Site()
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
         self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
@@ -272,7 +276,7 @@ class Evaluator:
     def evaluate(self, point: PlanPoint, *, interval: bool = True) -> Evaluation:
         """Metrics, memory and 90 % interval of a plan that `reject` lets pass."""
         result, memory = self.run(point)
-        metrics = result.metrics()
+        metrics = self._at_the_meter(result.metrics())
         kv_used = result.peak_kv_blocks * self.engine.block_tokens / max(1, point.attention_data)
         used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
         used += min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)
@@ -281,35 +285,67 @@ class Evaluator:
         found = Evaluation(point, metrics, memory, breakdown, {})
         return self.with_interval(found) if interval else found
 
+    def _at_the_meter(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics with energy and power of the hosts and of the site's cooling added."""
+        if self.site == Site():
+            return metrics
+        before = metrics["energy_j"]
+        host_j = self.site.host_w_per_device * metrics["devices"] * metrics["makespan_s"]
+        factor = self.site.pue * (before + host_j) / before if before > 0 else 1.0
+        names = ("energy_j", "energy_j_per_output_token", "power_w", "power_w_per_device")
+        return metrics | {name: metrics[name] * factor for name in names}
+
     def with_interval(self, evaluation: Evaluation) -> Evaluation:
-        """The same evaluation with its 90 % interval: the plan on a faster and on a slower machine."""
+        """The same evaluation with its 90 % interval.
+
+        Kernels' errors go through the simulation (the plan on a faster and on a slower machine, all operators
+        off together: a device's kernels err alike). What whole runs were still off by, engine by engine, is
+        independent of them: both spreads add as squares of logarithms.
+        """
         point, metrics = evaluation.point, evaluation.metrics
         ends = [
-            self.run(point, time_factor=factor)[0].metrics() for factor in self.tables(point).interval_factor
+            self._at_the_meter(self.run(point, time_factor=factor)[0].metrics())
+            for factor in self.tables(point).interval_factor
         ]
+        tpot, ttft = self.engine.run_error["tpot"], self.engine.run_error["ttft"]
         rows: dict[str, dict[str, tuple[float, float]]] = {}
-        for metric in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+        for metric, error in (("ttft_s", ttft), ("tpot_s", tpot), ("itl_s", tpot), ("e2e_s", tpot)):
             rows[metric] = {
-                name: _ordered(value, ends[0][metric][name], ends[1][metric][name])
+                name: _spread(value, ends[0][metric][name], ends[1][metric][name], error)
                 for name, value in metrics[metric].items()
                 if value is not None
             }
-        for metric in ("output_tokens_per_s", "energy_j"):
-            rows[metric] = {"value": _ordered(metrics[metric], ends[0][metric], ends[1][metric])}
+        slower = (1.0 / tpot[1], 1.0 / tpot[0])
+        for metric, error in (("output_tokens_per_s", slower), ("energy_j", tpot)):
+            found = _spread(metrics[metric], ends[0][metric], ends[1][metric], error)
+            rows[metric] = {"value": found}
+        if metrics["output_tokens_per_s"] > 0 and self._offered():
+            # A server that keeps up puts out what is asked of it, however fast it is.
+            rows["output_tokens_per_s"] = {
+                "value": _ordered(
+                    metrics["output_tokens_per_s"], *(end["output_tokens_per_s"] for end in ends)
+                )
+            }
         return replace(evaluation, interval=rows)
+
+    def _offered(self) -> bool:
+        """Whether requests arrive on their own, not when others have ended."""
+        return self.workload.concurrency == 0
 
     # --- bounds -----------------------------------------------------------------------------
 
     def bounds(self, point: PlanPoint) -> dict[str, float]:
         """Admissible bounds on the plan's metrics (see `planner.bounds`)."""
         device = self.cluster.pool(point.pool).device
-        return metric_bounds(
+        found = metric_bounds(
             self._work(point),
             replicas=point.replicas,
             devices=point.devices,
-            idle_w=device.idle_w,
+            idle_w=device.idle_w + self.site.host_w_per_device,
             usd_per_hour=self.price(point),
         )
+        found["energy_j"] *= self.site.pue
+        return found
 
     def work_bound_s(self, point: PlanPoint) -> float:
         """Seconds that one worker needs at the least for all requests: no rate is above requests / this."""
@@ -352,6 +388,16 @@ def table_sizes(space: PlanSpace) -> tuple[int, int]:
         for row in space.batching(space.cluster.pool(layout.pool), layout.degrees):
             seqs, tokens = max(seqs, row[0]), max(tokens, row[1])
     return tokens, seqs
+
+
+def _spread(value: float, fast: float, slow: float, error: tuple[float, float]) -> tuple[float, float]:
+    """(low, high) of a value from its two simulated ends and an independent error of the whole."""
+    if not value > 0:
+        return _ordered(value, fast, slow)
+    ends = [max(end, 1e-12) for end in (min(value, fast, slow), max(value, fast, slow))]
+    low = math.hypot(math.log(value / ends[0]), math.log(error[0]))
+    high = math.hypot(math.log(ends[1] / value), math.log(error[1]))
+    return value * math.exp(-low), value * math.exp(high)
 
 
 def _ordered(value: float, *others: float) -> tuple[float, float]:

@@ -61,6 +61,7 @@ class Question:
             self.model,
             slo=self.request.slo.bounds(),
             prices=self.prices,
+            site=self.request.site,
             **options,
         )
 

@@ -13,7 +13,9 @@ This is the only door to scikit-learn.
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,30 +26,43 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from costmodels.learned.data import Problem, find_tables, problems
+from costmodels.learned.curves import describe
+from costmodels.learned.data import Problem, collective_tables, find_tables, power_problems, problems
 from costmodels.learned.shapes import (
     COLUMNS,
     FEATURES_VERSION,
+    FORMATS,
     TIME_CLASSES,
     Batch,
+    bound_s,
     closed_form,
     make_batch,
     rates_of,
     time_class,
+    work_of,
 )
-from costmodels.learned.trees import Trees, content_hash, from_boosting, pack
+from costmodels.learned.store import POWER, find_shipped
+from costmodels.learned.trees import Trees, content_hash, from_boosting, from_forest, joined, pack
+from costmodels.learned.watts import power_features
 from costmodels.ops import FloatArray
-from hardware import InputError
+from costmodels.power import POWER_FITS
+from hardware import InputError, load_catalog
 
 #: (trees, leaves, learning rate, least rows in a leaf) by family: the sizes that fit the budget of a file.
 SETTINGS: dict[str, tuple[int, int, float, int]] = {
-    "gemm": (420, 31, 0.09, 8),
-    "prefill": (300, 31, 0.1, 8),
-    "decode": (380, 31, 0.1, 8),
-    "moe": (300, 31, 0.08, 12),
+    "gemm": (600, 31, 0.08, 8),
+    "prefill": (600, 31, 0.08, 8),
+    "decode": (600, 31, 0.08, 8),
+    "moe": (200, 31, 0.1, 12),
+    "mla_prefill": (250, 15, 0.1, 8),
+    "mla_decode": (300, 15, 0.1, 8),
+    "bmm": (200, 15, 0.1, 6),
+    "power": (300, 15, 0.08, 6),
 }
 #: Residuals beyond this (a factor of 12) are broken rows, not kernels.
 _WILD = 2.5
+#: Below this many rows a forest errs less than boosting.
+FEW_ROWS = 1500
 _NOMINAL = 0.90
 _LEAST_CLASS = 150
 _JUDGED_FROM, _CALIBRATED_FROM = 85, 70
@@ -92,19 +107,70 @@ def split(groups: Any) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], np
     return ~(judge | calibrate), calibrate, judge
 
 
-def fit(batch: Batch, seconds: FloatArray, family: str, seed: int, rows: Any = None) -> Trees:
-    """Trees on (some) rows of a batch."""
+def fit(
+    batch: Batch,
+    seconds: FloatArray,
+    family: str,
+    seed: int,
+    rows: Any = None,
+    *,
+    few: bool = False,
+    prior: Trees | None = None,
+) -> Trees:
+    """Trees on (some) rows of a batch: boosted, or, of a `few` of a user's own, a forest (on a `prior`,
+    if any)."""
+    chosen = np.ones(len(seconds), dtype=bool) if rows is None else rows
+    features, target = batch.features[chosen], np.log(seconds[chosen] / batch.base_s[chosen])
+    if few and len(target) < FEW_ROWS:
+        left = target - prior.predict(features) if prior is not None else target
+        trees = forest(features, left, seed)
+        return joined(prior, trees) if prior is not None else trees
+    sound = np.abs(target - np.median(target)) < _WILD
+    return boosted(features[sound], target[sound], family, seed)
+
+
+def forest(features: Any, target: FloatArray, seed: int) -> Trees:
+    """Extremely randomised trees (Geurts et al., 2006): of a few hundred rows they err least."""
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    model = ExtraTreesRegressor(
+        200, min_samples_leaf=2, max_features=0.5, random_state=seed, n_jobs=1
+    )  # fmt: skip
+    model.fit(features, target)
+    return from_forest(model)
+
+
+def choose_prior(problem: Problem, batch: Batch, seed: int) -> Trees | None:
+    """What a user's few rows refine: the shipped predictor of the same kernels (an older engine version's,
+    say), where that errs less on rows left out than starting from the closed form; else None."""
+    if not problem.own or len(problem.seconds) >= FEW_ROWS:
+        return None
+    shipped = find_shipped(problem.key, problem.device)
+    if shipped is None:
+        return None
+    ratio = np.log(problem.seconds / batch.base_s)
+    fold = np.random.default_rng(seed).permutation(len(ratio)) % _FOLDS
+    missed = {}
+    for name, prior in (("none", None), ("shipped", shipped.trees)):
+        error = np.zeros(len(ratio))
+        for number in range(_FOLDS):
+            out = fold == number
+            trees = fit(batch, problem.seconds, problem.family, seed, ~out, few=True, prior=prior)
+            error[out] = ratio[out] - trees.predict(batch.features[out])
+        missed[name] = float(np.mean(np.abs(error)))
+    return shipped.trees if missed["shipped"] < missed["none"] else None
+
+
+def boosted(features: Any, target: FloatArray, family: str, seed: int) -> Trees:
+    """Trees of a family's size, by scikit-learn."""
     from sklearn.ensemble import HistGradientBoostingRegressor
 
     count, leaves, rate, least = SETTINGS[family]
-    chosen = np.ones(len(seconds), dtype=bool) if rows is None else rows
-    target = np.log(seconds[chosen] / batch.base_s[chosen])
-    sound = np.abs(target - np.median(target)) < _WILD
     model = HistGradientBoostingRegressor(
         max_iter=count, max_leaf_nodes=leaves, learning_rate=rate, min_samples_leaf=least,
         l2_regularization=0.3, max_bins=255, early_stopping=False, random_state=seed,
     )  # fmt: skip
-    model.fit(batch.features[chosen][sound], target[sound])
+    model.fit(features, target)
     return from_boosting(model)
 
 
@@ -132,7 +198,7 @@ def _mape(log_error: FloatArray) -> float:
 
 
 def judge(
-    batch: Batch, problem: Problem, log_ratio: FloatArray, seed: int
+    batch: Batch, problem: Problem, log_ratio: FloatArray, seed: int, prior: Trees | None = None
 ) -> tuple[FloatArray, npt.NDArray[np.bool_], list[tuple[float, float]], npt.NDArray[np.bool_]]:
     """(log error, which rows were judged, interval, whether a row lies in an interval made without it).
 
@@ -147,7 +213,7 @@ def judge(
         label = np.array(["/".join(f"{value:g}" for value in row) for row in cuts])
     names = np.unique(label)
     error = np.zeros(len(log_ratio))
-    if len(names) >= _FEW_GROUPS:
+    if len(names) >= _FEW_GROUPS and not (problem.own and len(log_ratio) < FEW_ROWS):
         to_fit, to_calibrate, judged = split(label)
         trial = fit(batch, problem.seconds, family, seed, to_fit)
         error = log_ratio - trial.predict(batch.features)
@@ -161,7 +227,7 @@ def judge(
     for number in range(_FOLDS):
         out = fold == number
         if out.any() and not out.all():
-            trial = fit(batch, problem.seconds, family, seed, ~out)
+            trial = fit(batch, problem.seconds, family, seed, ~out, few=problem.own, prior=prior)
             error[out] = log_ratio[out] - trial.predict(batch.features[out])
     inside = np.zeros(len(error), dtype=bool)
     for number in range(_FOLDS):
@@ -174,12 +240,98 @@ def judge(
     return error, everything, interval(error, base, len(names)), inside
 
 
+def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
+    """As `train_one`, for power: trees of (watts - idle) / (TDP - idle), from rows at steady power.
+
+    The card's errors are of watts; `energy_mape` is that of watts times the time that trees fitted on the
+    same groups predict.
+    """
+    assert problem.watts is not None
+    device, family = problem.device, problem.family
+    choice = closed_form(family, device, problem.engine, problem.dtype)
+    batch = make_batch(family, problem.raw, device, problem.engine, problem.dtype, choice)
+    bound = bound_s(family, problem.raw, device, problem.dtype)
+    features = power_features(batch, problem.seconds, bound)
+    share = (problem.watts - device.idle_w) / (device.tdp_w - device.idle_w)
+    label = np.asarray(problem.group).astype(str)
+    fold = np.array([zlib.crc32(name.encode()) % _FOLDS for name in label])
+    watts, seconds = np.zeros(len(share)), np.zeros(len(share))
+    for number in range(_FOLDS):
+        out = fold == number
+        if out.any() and not out.all():
+            guess = boosted(features[~out], share[~out], "power", seed).predict(features[out])
+            watts[out] = device.idle_w + np.clip(guess, 0.02, 1.0) * (device.tdp_w - device.idle_w)
+            ratio = np.log(problem.seconds / batch.base_s)
+            trees = boosted(batch.features[~out], ratio[~out], family, seed)
+            seconds[out] = batch.base_s[out] * np.exp(trees.predict(batch.features[out]))
+    error = np.log(problem.watts / watts)
+    variance = float(np.sum((problem.watts - problem.watts.mean()) ** 2))
+    card = _card(problem, batch, choice.fit.fitted_on, seed) | {
+        "family": f"{POWER}{family}",
+        "split": "whole groups by hash, five folds; shipped fit on all; windows of a second and more",
+        "data": f"measured power, {problem.engine} {problem.version}",
+        "mape": round(_mape(error), 4),
+        "p90": round(float(np.quantile(np.abs(np.expm1(-error)), 0.9)), 4),
+        "median": round(float(np.median(np.abs(np.expm1(-error)))), 4),
+        "r2": round(1.0 - float(np.sum((problem.watts - watts) ** 2)) / max(variance, 1e-9), 4),
+        "energy_mape": round(_mape(np.log(problem.watts * problem.seconds / (watts * seconds))), 4),
+        "closed_form_mape": round(float(np.mean(np.abs(_closed_watts(problem) / problem.watts - 1.0))), 4),
+        "coverage": None,
+        "interval": [[round(float(np.quantile(error, q)), 4) for q in (0.05, 0.95)]] * len(TIME_CLASSES),
+    }
+    return pack(boosted(features, share, "power", seed), card), card
+
+
+def _closed_watts(problem: Problem) -> FloatArray:
+    """Watts of `costmodels.power` for rows of a problem."""
+    work, moved = work_of(problem.family, problem.raw, problem.dtype)
+    rates = rates_of(problem.device, problem.family, problem.dtype)
+    form = POWER_FITS.get(FORMATS[problem.dtype][2] if problem.dtype != "any" else "bf16", POWER_FITS["bf16"])
+    mfu = np.clip(work / rates.peak / problem.seconds, 0.0, 1.0)
+    mbu = np.clip(moved / rates.bandwidth / problem.seconds, 0.0, 1.0)
+    demand = form.live + form.compute * np.sqrt(mfu) + form.memory * np.sqrt(mbu)
+    device = problem.device
+    return np.asarray(device.idle_w + (device.tdp_w - device.idle_w) * np.minimum(1.0, demand))
+
+
+def train_collectives(tables: Path, out_dir: Path, progress: Callable[[str], None] | None = None) -> int:
+    """Fit every measured collective's curve into `collectives.json`; how many there are."""
+    catalog = load_catalog()
+    curves: dict[str, Any] = {}
+    for key, name, size, seconds, label in collective_tables(tables):
+        link = collective_link(catalog, name)
+        if link:
+            curves[key] = {**describe(size, seconds), "data": label, "link_bytes_per_s": link}
+    if curves:
+        text = json.dumps({"license": "Apache-2.0", "curves": curves}, sort_keys=True)
+        (out_dir / "collectives.json").write_text(text.replace('}, "', '},\n"') + "\n", encoding="utf-8")
+        if progress:
+            error = float(np.mean([curve["mape"] for curve in curves.values()]))
+            progress(f"{len(curves)} curves of collectives, left-out sizes {100 * error:.1f} %")
+    return len(curves)
+
+
+def collective_link(catalog: Any, device: str) -> float:
+    """Bytes per second and direction of a device's own link inside a node; 0 when it has none known."""
+    entry = catalog.device(device)
+    link = catalog.links.get(entry.scale_up_link) or catalog.links.get(entry.host_link)
+    return float(link.bandwidth_bytes_per_s) if link is not None else 0.0
+
+
+def _one_thread() -> None:
+    """One thread a process: two pools of threads on the same cores wait for each other."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def train_one(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
     """An artifact's bytes and its card."""
+    if problem.watts is not None:
+        return train_power(problem, seed)
     choice = closed_form(problem.family, problem.device, problem.engine, problem.dtype)
     batch = make_batch(problem.family, problem.raw, problem.device, problem.engine, problem.dtype, choice)
     log_ratio = np.log(problem.seconds / batch.base_s)
-    error, to_judge, bounds, inside = judge(batch, problem, log_ratio, seed)
+    prior = choose_prior(problem, batch, seed)
+    error, to_judge, bounds, inside = judge(batch, problem, log_ratio, seed, prior)
     judged = error[to_judge]
     slices = {
         f"below {edge * 1e6:g} us" if np.isfinite(edge) else "longer": round(
@@ -188,7 +340,22 @@ def train_one(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
         for number, edge in enumerate(TIME_CLASSES)
         if (to_judge & (time_class(batch.base_s) == number)).any()
     }
-    card: dict[str, Any] = {
+    card = _card(problem, batch, choice.fit.fitted_on, seed) | {
+        "mape": round(_mape(judged), 4),
+        "p90": round(float(np.quantile(np.abs(np.exp(-judged) - 1.0), 0.9)), 4) if len(judged) else None,
+        "by_time": slices,
+        "closed_form_mape": round(_mape(log_ratio[to_judge]), 4),
+        "coverage": round(float(inside[to_judge].mean()), 4) if to_judge.any() else None,
+        "interval": [[round(a, 4), round(b, 4)] for a, b in bounds],
+    }
+    shipped = fit(batch, problem.seconds, problem.family, seed, few=problem.own, prior=prior)
+    data = pack(shipped, card)
+    return data, card
+
+
+def _card(problem: Problem, batch: Batch, form: str, seed: int) -> dict[str, Any]:
+    """What a card says of the data, whatever was learned from it."""
+    return {
         "key": problem.key,
         "device": problem.device_name,
         "rates": list(rates_of(problem.device, problem.family, problem.dtype)),
@@ -196,31 +363,23 @@ def train_one(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
         "family": problem.family,
         "dtype": problem.dtype,
         "engine_version": problem.version,
-        "data": f"aiconfigurator-core, {problem.engine} {problem.version}",
-        "data_license": "Apache-2.0",
+        "data": f"{'own measurements' if problem.own else 'aiconfigurator-core'}, "
+        f"{problem.engine} {problem.version}",
+        "data_license": "the user's" if problem.own else "Apache-2.0",
         "data_hash": content_hash(np.ascontiguousarray(problem.raw).tobytes() + problem.seconds.tobytes()),
         "features": FEATURES_VERSION,
         "rows": len(problem.seconds),
         "dropped": problem.dropped,
         "groups": len(np.unique(np.asarray(problem.group).astype(str))),
         "split": "whole groups by hash: 70 fit, 15 calibrate, 15 judge; shipped fit on all",
-        "mape": round(_mape(judged), 4),
-        "p90": round(float(np.quantile(np.abs(np.exp(-judged) - 1.0), 0.9)), 4) if len(judged) else None,
-        "by_time": slices,
-        "closed_form_mape": round(_mape(log_ratio[to_judge]), 4),
-        "coverage": round(float(inside[to_judge].mean()), 4) if to_judge.any() else None,
-        "interval": [[round(a, 4), round(b, 4)] for a, b in bounds],
         "range": {
             name: [float(column.min()), float(column.max())]
             for name, column in zip(COLUMNS[problem.family], problem.raw.T, strict=True)
         },
-        "closed_form": choice.fit.fitted_on,
+        "closed_form": form,
         "seed": seed,
         "license": "Apache-2.0",
     }
-    shipped = fit(batch, problem.seconds, problem.family, seed)
-    data = pack(shipped, card)
-    return data, card
 
 
 def train(
@@ -230,12 +389,14 @@ def train(
     only: Sequence[str] = (),
     seed: int = 0,
     workers: int = 1,
+    power_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Card]:
     """Fit every predictor that the tables hold and write it to `out_dir`, with an index of cards.
 
     `only`: parts of keys (`h100-sxm-80gb/vllm`, `gemm/fp8`); a key that holds none of them is skipped and
-    keeps the artifact it has. Equal data and seed make equal files. Raises InputError without tables.
+    keeps the artifact it has. `power_dir`: tables of sustained runs
+    with power. Equal data and seed make equal files. Raises InputError without tables.
     """
     tables = find_tables(data_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -272,12 +433,19 @@ def train(
                 f"{100 * (card['coverage'] or 0):.0f} %  {len(data) / 1e3:.0f} kB"
             )
 
-    wanted = (p for p in problems(tables) if not only or any(part in p.key for part in only))
+    powered = power_problems(find_tables(power_dir)) if power_dir is not None else iter(())
+    wanted = (
+        p
+        for p in itertools.chain(problems(tables), powered)
+        if not only or any(part in p.key for part in only)
+    )
+    if not only or "collectives" in only:
+        train_collectives(tables, out_dir, progress)
     if workers <= 1:
         for problem in wanted:
             keep(*train_one(problem, seed))
     else:
-        with ProcessPoolExecutor(workers) as pool:
+        with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
             # Few at a time: a table is tens of megabytes.
             batch: list[Problem] = []
             for problem in wanted:
@@ -288,7 +456,7 @@ def train(
                     batch = []
             for data, card in pool.map(train_one, batch, [seed] * len(batch)):
                 keep(data, card)
-    if not judged:
+    if not judged and "collectives" not in only:
         raise InputError("--only", "no predictor's key holds any of these parts")
     index_path.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return cards

@@ -2,7 +2,8 @@
 
 An internal node is a feature and a threshold; its left child is the next node, its right child comes after
 the left branch, so files need not say where. A leaf is a value. Files keep thresholds as a table of distinct
-values per feature and an index of one byte, and leaf values in 16 bits. They are NPZ without pickles, with a
+values per feature and an index of one byte, and leaf values as 256 steps between a tree's least and greatest
+(late trees only make small corrections, so their steps are small too). They are NPZ without pickles, with a
 JSON header; equal trees make equal bytes.
 """
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from numba import njit
 
 Matrix = npt.NDArray[np.float32]
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _LEAF = 255
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -89,7 +90,7 @@ def _preorder(feature):  # type: ignore[no-untyped-def]
 
 
 def from_boosting(model: Any) -> Trees:
-    """A fitted scikit-learn HistGradientBoostingRegressor as flat arrays (leaf values rounded to float16)."""
+    """A fitted scikit-learn HistGradientBoostingRegressor as flat arrays, leaf values in 256 steps a tree."""
     feature: list[int] = []
     threshold: list[float] = []
     right: list[int] = []
@@ -105,7 +106,7 @@ def from_boosting(model: Any) -> Trees:
             leaf = bool(node["is_leaf"])
             feature.append(_LEAF if leaf else int(node["feature_idx"]))
             threshold.append(0.0 if leaf else float(node["num_threshold"]))
-            value.append(float(np.float16(node["value"])) if leaf else 0.0)
+            value.append(float(node["value"]) if leaf else 0.0)
             right.append(0)
             if not leaf:
                 put(int(node["left"]))
@@ -113,14 +114,87 @@ def from_boosting(model: Any) -> Trees:
                 put(int(node["right"]))
 
         put(0)
+    split = np.array(feature, np.uint8)
+    start = np.array(roots, np.int32)
     return Trees(
-        np.array(feature, np.uint8),
+        split,
         np.array(threshold, np.float32),
         np.array(right, np.int32),
-        np.array(value, np.float32),
-        np.array(roots, np.int32),
+        _dequantized(*_quantized(split, np.array(value), start), split, start),
+        start,
         float(np.ravel(model._baseline_prediction)[0]),
     )
+
+
+def from_forest(model: Any) -> Trees:
+    """A fitted scikit-learn forest of regression trees: its mean as a sum of small leaves."""
+    feature: list[int] = []
+    threshold: list[float] = []
+    right: list[int] = []
+    value: list[float] = []
+    roots: list[int] = []
+    for estimator in model.estimators_:
+        tree = estimator.tree_
+        roots.append(len(feature))
+
+        def put(at: int, tree: Any = tree) -> None:
+            here = len(feature)
+            leaf = int(tree.children_left[at]) < 0
+            feature.append(_LEAF if leaf else int(tree.feature[at]))
+            threshold.append(0.0 if leaf else float(tree.threshold[at]))
+            value.append(float(tree.value[at, 0, 0]) / len(model.estimators_) if leaf else 0.0)
+            right.append(0)
+            if not leaf:
+                put(int(tree.children_left[at]))
+                right[here] = len(feature)
+                put(int(tree.children_right[at]))
+
+        put(0)
+    split, start = np.array(feature, np.uint8), np.array(roots, np.int32)
+    leaves = _dequantized(*_quantized(split, np.array(value), start), split, start)
+    return Trees(split, np.array(threshold, np.float32), np.array(right, np.int32), leaves, start, 0.0)
+
+
+def joined(first: Trees, second: Trees) -> Trees:
+    """Trees whose prediction is the sum of both."""
+    offset = len(first.feature)
+    return Trees(
+        np.concatenate([first.feature, second.feature]),
+        np.concatenate([first.threshold, second.threshold]),
+        # A leaf's right child is 0 and stays so.
+        np.concatenate([first.right, np.where(second.right > 0, second.right + offset, 0).astype(np.int32)]),
+        np.concatenate([first.value, second.value]),
+        np.concatenate([first.roots, second.roots + offset]).astype(np.int32),
+        first.base + second.base,
+    )
+
+
+def _tree_of_leaves(feature: npt.NDArray[np.uint8], roots: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
+    """[leaves] the tree that each leaf belongs to."""
+    return np.searchsorted(roots, np.flatnonzero(feature == _LEAF), side="right") - 1
+
+
+def _quantized(
+    feature: npt.NDArray[np.uint8], value: npt.NDArray[Any], roots: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[np.uint8], Matrix]:
+    """(steps [leaves], least value and step [T, 2])."""
+    leaves, tree = value[feature == _LEAF].astype(np.float64), _tree_of_leaves(feature, roots)
+    low, high = np.full(len(roots), np.inf), np.full(len(roots), -np.inf)
+    np.minimum.at(low, tree, leaves)
+    np.maximum.at(high, tree, leaves)
+    scale = np.column_stack([low, np.maximum(high - low, 1e-12) / 255.0]).astype(np.float32)
+    steps = np.rint((leaves - scale[tree, 0]) / scale[tree, 1])
+    return np.clip(steps, 0, 255).astype(np.uint8), scale
+
+
+def _dequantized(
+    steps: npt.NDArray[np.uint8], scale: Matrix, feature: npt.NDArray[np.uint8], roots: npt.NDArray[np.int32]
+) -> Matrix:
+    """[N] leaf values in their places."""
+    tree = _tree_of_leaves(feature, roots)
+    value = np.zeros(len(feature), np.float32)
+    value[feature == _LEAF] = scale[tree, 0] + steps.astype(np.float32) * scale[tree, 1]
+    return value
 
 
 def pack(trees: Trees, card: dict[str, Any]) -> bytes:
@@ -132,13 +206,15 @@ def pack(trees: Trees, card: dict[str, Any]) -> bytes:
         own = trees.feature[inner] == number
         table, index[own] = np.unique(trees.threshold[inner][own], return_inverse=True)
         tables.append(table.astype(np.float32))
+    steps, scale = _quantized(trees.feature, trees.value, trees.roots)
     widest = max((len(table) for table in tables), default=0)
     arrays = {
         "feature": trees.feature,
         "thresholds": np.concatenate([np.zeros(0, np.float32), *tables]),
         "tables": np.array([[number, len(t)] for number, t in zip(used, tables, strict=True)], np.uint16),
         "index": index.astype(np.uint8) if widest <= 256 else index,
-        "leaf": trees.value[~inner].astype(np.float16),
+        "leaf": steps,
+        "scale": scale,
     }
     header = {**card, "format": FORMAT_VERSION, "base": trees.base}
     buffer = io.BytesIO()
@@ -172,9 +248,9 @@ def unpack(path: Path) -> tuple[Trees, dict[str, Any]]:
         start[sizes[:, 0]] = np.cumsum(sizes[:, 1]) - sizes[:, 1]
         threshold = np.zeros(len(feature), np.float32)
         threshold[inner] = array("thresholds")[start[feature[inner]] + array("index")]
-        value = np.zeros(len(feature), np.float32)
-        value[~inner] = array("leaf").astype(np.float32)
+        steps, scale = array("leaf"), array("scale")
     right, roots = _preorder(feature)
+    value = _dequantized(steps, scale, feature, roots)
     return Trees(feature, threshold, right, value, roots, float(card["base"])), card
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 from costmodels.table import HostOverhead
@@ -67,6 +68,8 @@ class EngineProfile:
     host: HostOverhead
     request_s: float
     request_per_token_s: float
+    # Measured / predicted of whole runs, (5th, 95th percentile) by metric: what kernels' intervals leave out.
+    run_error: Mapping[str, tuple[float, float]]
     memory: MemoryConstants
     source: str
 
@@ -207,6 +210,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
         ),
         request_s=host["request_s"],
         request_per_token_s=host["request_per_token_s"],
+        run_error=MappingProxyType({name: tuple(host[f"{name}_error"]) for name in ("tpot", "ttft")}),
         memory=MemoryConstants(**_document()["memory"]),
         source=item["source"],
     )
