@@ -5,46 +5,69 @@ the load does. Notation: P pipeline stages, A attention-data ranks, slots = P x 
 come from the plan's `StepTables`. The argument:
 
 * Prefill of one prompt. A chunk of q tokens leaves the pipe no sooner than one micro-batch's way
-  with at least q tokens in it, so the sum over chunks is at least q x (least time per token), and
-  at least one cheapest micro-batch. Attention is at least every (query, key) pair at the cheapest
-  rate; with P > 1 up to P chunks' attention is averaged over a step, hence the division by P.
+  with at least q tokens in it. Below the curve of a micro-batch lie lines a + b x tokens with a, b >= 0;
+  a prompt in k chunks takes at least k a + b x tokens, so that each line holds however it is cut, and
+  the highest of a few counts. Attention is at least every (query, key) pair at the cheapest
+  rate; with P > 1 up to P chunks' attention is averaged over a step, hence the division by P. Logits
+  once, and what the front end adds.
 * Cached prefix. Only blocks that more than one request names can ever be found in the cache, only
   from the prompt's start on, and never the whole prompt; the rest must be computed.
 * Decoding. Every output token but the first takes a step of its own: the cheapest that holds a
-  sequence, plus decode attention over no less than the workload's shortest context.
+  sequence, plus decode attention over no less than the workload's shortest context, or over the
+  request's own contexts at the cheapest rate.
 * A request's TTFT and end-to-end time are no less than its own work; means and percentiles are
   monotone in each request. The makespan is no less than the latest end of a chain of such
   requests, nor than all work at the worker's best rate: tokens at the least time per token, and
   attention at the least time per pair or per cached token, each shared by all slots.
+* Overload. At that best rate a worker is a machine that serves work; of all orders, the shortest
+  remaining one first has the least sum of completion times (Schrage, "A proof of the optimality of the
+  shortest remaining processing time discipline", 1968), R workers no less than one machine R times as fast.
 * A preempted sequence gets one token from recomputing its prompt in place of a decode step. Where
   the KV cache can run out, the bounds count the cheaper of the two.
 * Energy is idle power over that makespan plus the same work at its least joules.
+* Energy against latency. Few joules per token take large batches, and these take long steps: for
+  every price t of a second, joules + t x seconds of a token are at least their least sum over all batch
+  sizes. Summed over tokens this is a line that no simulation is below; a few such lines are a curve,
+  and `trade` holds its steps: a plan is nowhere better than one of these points, while its plain
+  bounds are the corner that combines the best of all.
 
 A test draws random tables, workloads and schedulers and checks that no simulation beats them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
-from costmodels.table import StepTables
+from costmodels.table import Sampled, StepTables
 from planner.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
 
 _PERCENTS = (50, 90, 95, 99)
+#: Slopes of the lines below a micro-batch's curve, as shares of its least time per token.
+_SLOPES = np.array([0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 1.0])
+#: Mean end-to-end times at which the energy of the trade-off is worked out, over the least.
+_STRETCH = np.array([1.0, 1.02, 1.05, 1.1, 1.17, 1.26, 1.4, 1.6, 1.9, 2.4, 3.2, 5.0, 10.0, 30.0])
+#: Statistics that bounds know; `WorkFacts.wanted` limits them to what a request asks for.
+STATISTICS = tuple(
+    f"{name}.{stat}" for name in ("ttft_s", "e2e_s") for stat in ("mean", *(f"p{p}" for p in _PERCENTS))
+)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class WorkBounds:
     """Least work of a workload on one worker shape and its batching limits.
 
     `statistics`: {"ttft_s.mean": s, "e2e_s.p95": s, ...}; `step_s` the cheapest decode step (0
     when nobody decodes); `chain_s` from the first arrival to the latest end, however many
     workers; `work_s` all work at one worker's best rate; `dynamic_j` its energy above idle.
+    `queue_mean_s` is what overload makes of the mean end-to-end time, by the number of workers.
     """
 
     statistics: dict[str, float]
@@ -53,10 +76,244 @@ class WorkBounds:
     chain_s: float
     work_s: float
     dynamic_j: float
+    queue_mean_s: Callable[[int], float] = field(default=lambda replicas: 0.0)
+    _trade: Callable[[], FloatArray] | None = None
+    _known: FloatArray | None = None
+
+    @property
+    def trade(self) -> FloatArray:
+        """[k, 2] of (mean end-to-end s, energy above idle J): every outcome is nowhere better than one row.
+
+        Worked out when it is first read: most plans are left out by plainer bounds.
+        """
+        if self._known is None:
+            self._known = np.zeros((0, 2)) if self._trade is None else self._trade()
+        return self._known
+
+
+@njit(cache=True, nogil=True)
+def _shortest_first(release_s, work_s):  # type: ignore[no-untyped-def]
+    """Sum of completion times, the shortest remaining work first; releases ascend."""
+    count = len(release_s)
+    heap = np.empty(count)
+    size, now, total = 0, 0.0, 0.0
+    for index in range(count):
+        if size == 0:
+            now = max(now, release_s[index])
+        at = size  # push
+        size += 1
+        while at > 0 and heap[(at - 1) >> 1] > work_s[index]:
+            heap[at] = heap[(at - 1) >> 1]
+            at = (at - 1) >> 1
+        heap[at] = work_s[index]
+        until = release_s[index + 1] if index + 1 < count else np.inf
+        while size > 0 and now < until:
+            if now + heap[0] > until:
+                heap[0] -= until - now  # still the least, so the heap stays one
+                now = until
+                break
+            now += heap[0]
+            total += now
+            size -= 1
+            item, at = heap[size], 0
+            while 2 * at + 1 < size:
+                low = 2 * at + 1
+                if low + 1 < size and heap[low + 1] < heap[low]:
+                    low += 1
+                if item <= heap[low]:
+                    break
+                heap[at] = heap[low]
+                at = low
+            heap[at] = item
+    return total
+
+
+class WorkFacts:
+    """What bounds read of a workload, worked out once: work of each request with and without a cache."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        *,
+        wanted: frozenset[str] | None = None,
+        request_s: float = 0.0,
+        request_per_token_s: float = 0.0,
+    ) -> None:
+        self.workload, self.wanted = workload, wanted
+        self.inputs = workload.input_tokens.astype(np.float64)
+        self.outputs = workload.output_tokens.astype(np.float64)
+        self.decoded = self.outputs - 1.0
+        self.lead_s = request_s + request_per_token_s * self.inputs
+        #: Keys that the decode steps of each request attend to.
+        self.contexts = self.decoded * self.inputs + self.decoded * (self.decoded + 1.0) / 2.0
+        self.cached = {False: np.zeros_like(self.inputs)}
+        self.cached[True] = cacheable_tokens(workload).astype(np.float64)
+        self.prompt = {flag: self.inputs - cached for flag, cached in self.cached.items()}
+        whole = self.inputs * (self.inputs + 1.0) / 2.0
+        self.pairs = {flag: whole - c * (c + 1.0) / 2.0 for flag, c in self.cached.items()}
+        #: [tokens, pairs, contexts] in sum.
+        self.sums = {
+            flag: (
+                float(prompt.sum() + self.decoded.sum()),
+                float(self.pairs[flag].sum()),
+                float(self.contexts.sum()),
+            )
+            for flag, prompt in self.prompt.items()
+        }
+        self.cacheable = bool(self.cached[True].any())
+        self.output_tokens = float(self.outputs.sum())
+        self.release_s = workload.arrival_s + self.lead_s
+        self.span_s = float(workload.arrival_s.max() - workload.arrival_s.min())
+        if bool((np.diff(self.release_s) < 0).any()):
+            # A long prompt waits longer at the door; releasing in order of arrival is no later.
+            self.release_s = np.minimum.accumulate(self.release_s[::-1])[::-1].copy()
+        self.open_loop = not workload.concurrency and bool((workload.parent < 0).all())
+        self.shapes: dict[int, _ShapeFacts] = {}
+
+    def shape(self, tables: StepTables) -> _ShapeFacts:
+        """The facts of a shape; the last few are kept."""
+        found = self.shapes.get(id(tables))
+        if found is None or found.tables is not tables:
+            if len(self.shapes) > 8:
+                self.shapes.pop(next(iter(self.shapes)))
+            found = self.shapes[id(tables)] = _ShapeFacts(tables, self.inputs)
+        return found
+
+    def wants(self, name: str) -> bool:
+        """Whether a statistic is asked for."""
+        return self.wanted is None or name in self.wanted
+
+
+class _ShapeFacts:
+    """What bounds read of step tables: running minima, so that any batching limit is a lookup."""
+
+    def __init__(self, tables: StepTables, inputs: FloatArray) -> None:
+        self.tables = tables
+        self.stages, self.ranks = tables.pipeline, tables.attention_data
+        self.mixed = _faster(tables.mixed_latency_s, tables.mixed_cycle_s)[1:]
+        self.decode = _faster(tables.decode_latency_s, tables.decode_cycle_s)[1:]
+        self.moe_mixed = _faster(tables.moe_mixed_latency_s, tables.moe_mixed_cycle_s)[1:]
+        self.moe_decode = _faster(tables.moe_decode_latency_s, tables.moe_decode_cycle_s)[1:]
+        self.mixed_least = np.minimum.accumulate(self.mixed)
+        self.mixed_each = np.minimum.accumulate(self.mixed / _counts(self.mixed))
+        self.decode_least = np.minimum.accumulate(self.decode)
+        self.decode_each = np.minimum.accumulate(self.decode / _counts(self.decode))
+        self.moe_each = _least_each(self.moe_mixed)
+        self.moe_least = _least(self.moe_mixed)
+        self.moe_lines = _lines(self.moe_mixed)
+        self.moe_decode_least = np.minimum.accumulate(self.moe_decode)
+        self.moe_decode_each = np.minimum.accumulate(self.moe_decode / _counts(self.moe_decode))
+        self.logits = _least(tables.logits_s[1:])
+        self.pair_s = max(0.0, float(tables.prefill_full_s_per_pair.min()))
+        self.per_context = _per_context(tables)
+        context = float(inputs.min()) + 1.0
+        self.context = context
+        #: [seqs] least decode attention of a step whose fullest slot holds so many.
+        self.attention = _attention_by_sequences(tables, tables.decode_full_s, context, len(self.decode))
+        if tables.cap_tokens:
+            seen = min(context, float(tables.cap_tokens))
+            self.attention = self.attention + _attention_by_sequences(
+                tables, tables.decode_capped_s, seen, len(self.decode)
+            )
+        self.attention_least = np.minimum.accumulate(self.attention)
+        self.joules = _least_joules(tables, "mixed", "decode") / self.ranks
+        self.moe_joules = 0.0
+        if 1 in (self.stages, self.ranks):
+            # Otherwise a partly filled pipeline counts fewer steps than its tokens fill.
+            self.moe_joules = _least_joules(tables, "moe_mixed", "moe_decode")
+        self._lines: dict[int, FloatArray] = {}
+        self._ttft: dict[tuple[int, bool], FloatArray] = {}
+        self._own: dict[tuple[int, bool, float, float], _Own] = {}
+        self._decode_costs: dict[int, tuple[FloatArray, FloatArray]] = {}
+        self._mixed_costs: dict[int, tuple[FloatArray, FloatArray]] = {}
+
+    def mixed_lines(self, budget: int) -> FloatArray:
+        """[k, 2] lines a + b x tokens below a micro-batch of up to `budget` tokens."""
+        if budget not in self._lines:
+            self._lines[budget] = _lines(self.mixed[:budget])
+        return self._lines[budget]
+
+    def ttft(self, facts: WorkFacts, budget: int, prefix: bool) -> FloatArray:
+        """[N] least time to the first token."""
+        key = (budget, prefix)
+        if key not in self._ttft:
+            prompt = facts.prompt[prefix]
+            # With P > 1 tokens of a step are spread over its micro-batches, which halves a chunk's share
+            # at most.
+            share = 1.0 if self.stages == 1 else 0.5
+            found = _highest(self.mixed_lines(budget), prompt)
+            if self.moe_each > 0.0:
+                found = found + _highest(self.moe_lines, prompt * share)
+            found = found + facts.pairs[prefix] * (self.pair_s / self.stages)
+            self._ttft[key] = found + (self.logits + facts.lead_s)
+        return self._ttft[key]
+
+    def own(self, facts: WorkFacts, budget: int, prefix: bool, step: float, attention: float) -> _Own:
+        """What every request needs for itself; `attention` of a step is known when nobody is preempted."""
+        key = (budget, prefix, step, attention)
+        if key not in self._own:
+            ttft = self.ttft(facts, budget, prefix)
+            later = facts.decoded * step
+            if np.isfinite(attention):
+                per_key = self.per_context / (self.stages * self.ranks)
+                later += np.maximum(0.0, facts.contexts * per_key - facts.decoded * attention)
+            e2e = ttft + later
+            statistics = {}
+            for name, values in (("ttft_s", ttft), ("e2e_s", e2e)):
+                if facts.wants(f"{name}.mean"):
+                    statistics[f"{name}.mean"] = float(values.mean())
+                percents = [percent for percent in _PERCENTS if facts.wants(f"{name}.p{percent}")]
+                if percents:
+                    for percent, value in zip(percents, np.percentile(values, percents), strict=True):
+                        statistics[f"{name}.p{percent}"] = float(value)
+            chain = _chain_s(facts.workload, e2e)
+            self._own[key] = _Own(statistics, float(ttft.mean()), float(e2e.mean()), chain)
+        return self._own[key]
+
+    def decode_costs(self, seqs: int) -> tuple[FloatArray, FloatArray]:
+        """Seconds of steps and joules per token of a few batch sizes, each valid up to the next size.
+
+        Batches between two sizes take no less time than any from the first on, and no fewer joules per
+        token than the best up to the second.
+        """
+        if seqs not in self._decode_costs:
+            sizes = _geometric(seqs)
+            seconds = _least_from(self.decode[:seqs], sizes) + _least_from(self.attention[:seqs], sizes)
+            # A micro-batch of a fullest slot of n sequences holds more than n - 1 of each rank.
+            at = np.minimum((sizes - 1) * self.ranks + 1, len(self.moe_decode))
+            seconds = seconds + _least_from(self.moe_decode[: self.ranks * seqs], at)
+            joules = _joules_from(self.tables.energy_j["decode"], sizes, seqs) / self.ranks
+            experts = self.tables.energy_j.get("moe_decode")
+            if self.moe_joules > 0.0 and experts is not None:
+                joules += np.maximum(self.moe_joules, _joules_from(experts, at, self.ranks * seqs))
+            self._decode_costs[seqs] = seconds, joules
+        return self._decode_costs[seqs]
+
+    def mixed_costs(self, budget: int) -> tuple[FloatArray, FloatArray]:
+        """The same of steps with prefill by the tokens of the fullest slot, dense work only."""
+        if budget not in self._mixed_costs:
+            sizes = _geometric(budget)
+            joules = _joules_from(self.tables.energy_j["mixed"], sizes, budget) / self.ranks
+            self._mixed_costs[budget] = _least_from(self.mixed[:budget], sizes), joules + self.moe_joules
+        return self._mixed_costs[budget]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Own:
+    """Least times of single requests, without any competition."""
+
+    statistics: dict[str, float]
+    ttft_mean_s: float
+    e2e_mean_s: float
+    chain_s: float
+
+
+def _geometric(largest: int) -> npt.NDArray[np.int64]:
+    return np.unique(np.geomspace(1, largest, 24).astype(np.int64))
 
 
 def work_bounds(
-    workload: Workload,
+    workload: Workload | WorkFacts,
     tables: StepTables,
     *,
     prefix_caching: bool,
@@ -66,78 +323,150 @@ def work_bounds(
 ) -> WorkBounds:
     """Bounds for every plan of this shape and these limits, with any number of replicas.
 
-    `preemption` False promises that the KV cache holds every sequence that can run at once.
+    `preemption` False promises that the KV cache holds every sequence that can run at once. Of many
+    calls for one workload, `WorkFacts` saves the most of each.
     """
-    stages, ranks = tables.pipeline, tables.attention_data
+    facts = workload if isinstance(workload, WorkFacts) else WorkFacts(workload)
+    shape = facts.shape(tables)
+    stages, ranks = shape.stages, shape.ranks
     slots = float(stages * ranks)
-    inputs = workload.input_tokens.astype(np.float64)
-    outputs = workload.output_tokens.astype(np.float64)
-    cached = cacheable_tokens(workload).astype(np.float64) if prefix_caching else np.zeros_like(inputs)
-    prompt = inputs - cached
-    pairs = inputs * (inputs + 1.0) / 2.0 - cached * (cached + 1.0) / 2.0
-
     # A sequence beyond the cap shares its slot with at most the cap's sequences.
-    seqs = min(max_num_seqs, len(tables.decode_latency_s) - 1)
-    mixed = np.minimum(tables.mixed_latency_s, tables.mixed_cycle_s)[1 : max_num_batched_tokens + 1]
-    decode = np.minimum(tables.decode_latency_s, tables.decode_cycle_s)[1 : seqs + 1]
-    moe_mixed = np.minimum(tables.moe_mixed_latency_s, tables.moe_mixed_cycle_s)[1:]
-    moe_decode = np.minimum(tables.moe_decode_latency_s, tables.moe_decode_cycle_s)[1 : ranks * seqs + 1]
-    per_token, per_decode = _least_each(mixed), _least_each(decode)
-    routed = min(_least_each(moe_mixed), _least_each(moe_decode))
-
-    # One prompt: dense work, routed experts (with P > 1 tokens of a step are spread over its
-    # micro-batches, which halves a chunk's share at most), attention.
-    pair_s = max(0.0, float(tables.prefill_full_s_per_pair.min()))
-    share = 1.0 if stages == 1 else 0.5
-    ttft = np.maximum(prompt * per_token, float(mixed.min()))
-    ttft += np.maximum(prompt * _least_each(moe_mixed) * share, _least(moe_mixed))
-    ttft += pairs * pair_s / stages
+    seqs = min(max_num_seqs, len(shape.decode))
+    budget = min(max_num_batched_tokens, len(shape.mixed))
+    per_token, per_decode = float(shape.mixed_each[budget - 1]), float(shape.decode_each[seqs - 1])
+    moe_seqs = min(ranks * seqs, len(shape.moe_decode))
+    moe_step = float(shape.moe_decode_least[moe_seqs - 1])
+    routed = min(shape.moe_each, float(shape.moe_decode_each[moe_seqs - 1]))
 
     # One output token, from a decode-only step or from one with prefill.
-    context = float(inputs.min()) + 1.0
-    attention = _least_attention(tables, tables.decode_full_s, context)
-    if tables.cap_tokens:
-        attention += _least_attention(tables, tables.decode_capped_s, min(context, float(tables.cap_tokens)))
-    recomputed = min(attention, pair_s * context / stages) if preemption else attention
-    step = min(
-        float(decode.min()) + _least(moe_decode) + attention,
-        float(mixed.min()) + _least(moe_mixed) + recomputed,
-    )
-    e2e = ttft + (outputs - 1.0) * step
+    pair_s = shape.pair_s
+    attention = float(shape.attention_least[seqs - 1])
+    recomputed = min(attention, pair_s * shape.context / stages) if preemption else attention
+    mixed_s = float(shape.mixed_least[budget - 1]) + shape.moe_least + shape.logits
+    step = min(float(shape.decode_least[seqs - 1]) + moe_step + attention, mixed_s + recomputed)
+    prefix = prefix_caching and facts.cacheable
+    own = shape.own(facts, budget, prefix, step, np.inf if preemption else attention)
 
     # All requests on one worker at its best rate.
-    decoded = outputs - 1.0
-    tokens = float(prompt.sum() + decoded.sum())
-    contexts = float((decoded * inputs + decoded * (decoded + 1.0) / 2.0).sum())
-    prefill_s = float(pairs.sum()) * pair_s / slots
-    per_context = _per_context(tables)
+    per_context = shape.per_context
     if preemption:
         # One pair per key instead, and without a cache the whole sequence through the dense layers.
-        has_cache = prefix_caching and workload.block_tokens > 0
+        has_cache = prefix_caching and facts.workload.block_tokens > 0
         per_context = min(per_context, pair_s if has_cache else max(pair_s, 0.5 * per_token))
-    attention_s = contexts * per_context / slots
-    work_s = tokens * (min(per_token, per_decode) / slots + routed / stages) + prefill_s + attention_s
-    joules = _least_joules(tables, "mixed", "decode") / slots
-    if 1 in (stages, ranks):
-        # Otherwise a partly filled pipeline counts fewer steps than its tokens fill.
-        joules += _least_joules(tables, "moe_mixed", "moe_decode") / stages
-    dynamic = tokens * joules
-    dynamic += max(0.0, tables.prefill_attention_w) * prefill_s
+    tokens, pairs, contexts = facts.sums[prefix]
+    best = min(per_token, per_decode) / slots + routed / stages
+    prefill_s, attention_s = pairs * pair_s / slots, contexts * per_context / slots
+    work_s = tokens * best + prefill_s + attention_s
+    watts = max(0.0, tables.prefill_attention_w) * prefill_s
     if not preemption:
-        dynamic += max(0.0, tables.decode_attention_w) * attention_s
-    statistics = {}
-    for name, values in (("ttft_s", ttft), ("e2e_s", e2e)):
-        statistics[f"{name}.mean"] = float(values.mean())
-        for percent, value in zip(_PERCENTS, np.percentile(values, _PERCENTS), strict=True):
-            statistics[f"{name}.p{percent}"] = float(value)
+        watts += max(0.0, tables.decode_attention_w) * attention_s
+    dynamic = max(0.0, tokens * (shape.joules + shape.moe_joules) + watts)
+    known: dict[int, float] = {}
+
+    def queue_mean_s(replicas: int) -> float:
+        """0 where the load is light: then a request's own work says more."""
+        if not facts.open_loop or work_s <= 0.8 * replicas * facts.span_s:
+            return 0.0
+        if replicas not in known:
+            each = (facts.prompt[prefix] + facts.decoded) * best + facts.pairs[prefix] * (pair_s / slots)
+            each += facts.contexts * (per_context / slots)
+            ends = _shortest_first(facts.release_s, each / replicas)
+            known[replicas] = max(0.0, (ends - float(facts.workload.arrival_s.sum())) / len(each))
+        return known[replicas]
+
     return WorkBounds(
-        statistics=statistics,
-        step_s=step if bool((outputs > 1).any()) else 0.0,
-        output_tokens=float(outputs.sum()),
-        chain_s=_chain_s(workload, e2e),
+        statistics=own.statistics,
+        step_s=step if bool((facts.decoded > 0).any()) else 0.0,
+        output_tokens=facts.output_tokens,
+        chain_s=own.chain_s,
         work_s=work_s,
-        dynamic_j=max(0.0, dynamic),
+        dynamic_j=dynamic,
+        queue_mean_s=queue_mean_s,
+        _trade=partial(_trade, facts, shape, seqs, budget, prefix, mixed_s, own, dynamic, watts),
     )
+
+
+def _trade(
+    facts: WorkFacts,
+    shape: _ShapeFacts,
+    seqs: int,
+    budget: int,
+    prefix: bool,
+    mixed_s: float,
+    own: _Own,
+    dynamic: float,
+    watts: float,
+) -> FloatArray:
+    """[k, 2] (mean end-to-end s, energy above idle J) that no outcome beats all of; see the module."""
+    decoded, count = float(facts.decoded.sum()), len(facts.decoded)
+    curves = shape.tables.energy_j
+    if decoded <= 0 or "decode" not in curves or "mixed" not in curves:
+        return np.array([[own.e2e_mean_s, dynamic]])
+    # A token of a decode-only step whose fullest slot holds n sequences, and of one with prefill of m
+    # tokens: joules and seconds.
+    seconds, cost = shape.decode_costs(seqs)
+    mixed_time, mixed_cost = shape.mixed_costs(budget)
+    mixed_time = mixed_time + (mixed_s - float(shape.mixed_least[budget - 1]))
+    slope = -np.diff(cost) / np.maximum(np.diff(seconds), 1e-30)
+    prices = np.sort(slope[(slope > 0) & np.isfinite(slope)])
+    if not len(prices):
+        return np.array([[own.e2e_mean_s, dynamic]])
+    prices = prices[:: max(1, len(prices) // 10)]
+    token = np.minimum(
+        (cost[None] + prices[:, None] * seconds[None]).min(axis=1),
+        (mixed_cost[None] + prices[:, None] * mixed_time[None]).min(axis=1),
+    )
+    fixed = (facts.sums[prefix][0] - decoded) * (shape.joules + shape.moe_joules) + watts
+    means = own.e2e_mean_s * _STRETCH
+    waited = count * (means - own.ttft_mean_s)
+    curve = (fixed + decoded * token[:, None] - prices[:, None] * waited[None]).max(axis=0)
+    curve = np.maximum(curve, dynamic)
+    last = min(int(np.searchsorted(-curve, -dynamic * (1 + 1e-9))), len(curve) - 1)
+    # Between two means the energy is no less than at the later one; beyond the last, the plain bound.
+    ends = np.append(curve[1 : last + 1], dynamic)
+    return np.column_stack((means[: last + 1], ends))
+
+
+def _least_from(values: FloatArray, sizes: npt.NDArray[np.int64]) -> FloatArray:
+    """Least of values (index 0 is size 1) from each size on."""
+    return np.asarray(np.minimum.accumulate(values[::-1])[::-1][sizes - 1], dtype=np.float64)
+
+
+def _joules_from(curve: FloatArray, sizes: npt.NDArray[np.int64], largest: int | None = None) -> FloatArray:
+    """Least joules per token of batches from each size up to before the next one."""
+    end = (int(sizes[-1]) if largest is None else largest) + 1
+    index = np.arange(1, end)
+    each = np.maximum(np.asarray(curve[1:end]), 0.0) / index
+    return np.asarray(np.minimum.reduceat(each, sizes - 1), dtype=np.float64)
+
+
+def _faster(latency: FloatArray, cycle: FloatArray) -> FloatArray:
+    return latency if latency is cycle else np.minimum(latency, cycle)
+
+
+def _counts(values: FloatArray) -> FloatArray:
+    return np.arange(1, len(values) + 1, dtype=np.float64)
+
+
+def _lines(values: FloatArray) -> FloatArray:
+    """[k, 2] of (a, b): a + b x tokens is nowhere above values[tokens - 1], a and b are not negative."""
+    if not len(values):
+        return np.zeros((1, 2))
+    counts = _counts(values)
+    steepest = max(0.0, float((values / counts).min()))
+    if len(values) > 4096:
+        # Of each run of sizes its last bounds the line, its least the curve: a hundred times fewer.
+        starts = np.unique(np.concatenate((np.arange(1024), np.arange(1024, len(values), 64))))
+        ends = np.append(starts[1:], len(values))
+        values, counts = np.minimum.reduceat(values, starts), ends.astype(np.float64)
+    slopes = steepest * _SLOPES
+    above = (values[None] - slopes[:, None] * counts[None]).min(axis=1)
+    found = np.column_stack((np.maximum(above, 0.0), slopes))
+    return np.asarray(found[above >= 0.0] if bool((above >= 0).any()) else [[0.0, 0.0]], dtype=np.float64)
+
+
+def _highest(lines: FloatArray, tokens: FloatArray) -> FloatArray:
+    return np.asarray((lines[:, :1] + lines[:, 1:] * tokens[None]).max(axis=0), dtype=np.float64)
 
 
 def cacheable_tokens(workload: Workload) -> npt.NDArray[np.int64]:
@@ -160,13 +489,18 @@ def metric_bounds(
 ) -> dict[str, float]:
     """Bounds on the scalar metrics of a plan; throughput is an upper bound, the rest lower ones."""
     makespan = max(bounds.chain_s, bounds.work_s / replicas)
+    statistics = bounds.statistics
+    if "e2e_s.mean" in statistics:
+        mean = bounds.queue_mean_s(replicas)
+        if mean > statistics["e2e_s.mean"]:
+            statistics = {**statistics, "e2e_s.mean": mean}
     return {
         "makespan_s": makespan,
         "energy_j": idle_w * devices * makespan + bounds.dynamic_j,
         "output_tokens_per_s": bounds.output_tokens / makespan if makespan > 0 else float("inf"),
         "usd_per_million_output_tokens": usd_per_hour * makespan / 3600.0 / bounds.output_tokens * 1e6,
         "tpot_s": bounds.step_s,
-        **bounds.statistics,
+        **statistics,
     }
 
 
@@ -176,32 +510,45 @@ def _least(values: FloatArray) -> float:
 
 def _least_each(values: FloatArray) -> float:
     """Least of values[i] / (i + 1): the best time (or energy) per token of a curve from 1 on."""
-    return max(0.0, float((values / np.arange(1, len(values) + 1)).min())) if len(values) else 0.0
+    return max(0.0, float((values / _counts(values)).min())) if len(values) else 0.0
 
 
 def _least_joules(tables: StepTables, *names: str) -> float:
     """Least energy per token of the fullest slot over the named tables; 0 when one is missing."""
-    curves = [tables.energy_j.get(name) for name in names]
-    return min(0.0 if curve is None else _least_each(curve[1:]) for curve in curves)
+    found = []
+    for name in names:
+        curve = tables.energy_j.get(name)
+        if curve is None:
+            return 0.0
+        each = curve.least_each() if isinstance(curve, Sampled) else None
+        found.append(_least_each(np.asarray(curve[1:])) if each is None else max(0.0, each))
+    return min(found)
 
 
-def _least_attention(tables: StepTables, values: FloatArray, context: float) -> float:
-    """Least decode attention time of a step with a sequence and a mean context of at least `context`.
+def _attention_by_sequences(
+    tables: StepTables, values: FloatArray, context: float, sequences: int
+) -> FloatArray:
+    """[sequences] least decode attention time of a step by the sequences of its fullest slot, their mean
+    context at least `context`.
 
-    The table is linear between knots, so its least value lies on a knot or on the edge of the
-    region: one sequence, or the given context.
+    The table is linear between knots, so its least value over contexts lies on a knot or at the given
+    one; between two numbers of sequences it is no less than the line between their least values.
     """
     seqs, knots = tables.decode_seq_knots, tables.decode_ctx_knots
-    low = int(np.clip(np.searchsorted(seqs, 1.0, side="right") - 1, 0, len(seqs) - 2))
-    x = (1.0 - seqs[low]) / (seqs[low + 1] - seqs[low])
-    rows = np.vstack([values[low] + (values[low + 1] - values[low]) * x, values[seqs > 1.0]])
     at = int(np.clip(np.searchsorted(knots, context, side="right") - 1, 0, len(knots) - 2))
     y = (context - knots[at]) / (knots[at + 1] - knots[at])
-    edge = rows[:, at] + (rows[:, at + 1] - rows[:, at]) * y
-    if bool((rows[:, -1] < rows[:, -2]).any()):
-        return 0.0  # extrapolated with a falling slope, it has no least value
-    beyond = rows[:, knots > context]
-    return max(0.0, min(float(edge.min()), float(beyond.min()) if beyond.size else np.inf))
+    least = values[:, at] + (values[:, at + 1] - values[:, at]) * y
+    if bool((values[:, -1] < values[:, -2]).any()):
+        return np.zeros(sequences)  # extrapolated with a falling slope, it has no least value
+    beyond = values[:, knots > context]
+    if beyond.size:
+        least = np.minimum(least, beyond.min(axis=1))
+    wanted = np.arange(1, sequences + 1, dtype=np.float64)
+    low = np.clip(np.searchsorted(seqs, wanted, side="right") - 1, 0, len(seqs) - 2)
+    x = (wanted - seqs[low]) / (seqs[low + 1] - seqs[low])
+    found = least[low] + (least[low + 1] - least[low]) * x
+    # Beyond the last knot the line goes on, and falls where the last segment does.
+    return np.asarray(np.maximum(found, 0.0), dtype=np.float64)
 
 
 def _per_context(tables: StepTables) -> float:

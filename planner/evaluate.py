@@ -11,18 +11,18 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from costmodels import CostModel, StepTables, compile_tables
 from hardware import Cluster, InputError
-from planner.bounds import WorkBounds, metric_bounds, work_bounds
+from planner.bounds import STATISTICS, WorkBounds, WorkFacts, metric_bounds, work_bounds
 from planner.engines import EngineProfile
 from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
-from planner.objectives import bound_vector
+from planner.objectives import OBJECTIVES, bound_vector
 from planner.plans import PlanPoint, PlanSpace, check_plan, half_format
 from planner.request import Site
 from planner.simulator import SchedulerConfig, SimulationResult, simulate
@@ -82,6 +82,8 @@ class Evaluator:
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
         self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
+        self._problems: dict[tuple[Any, ...], str | None] = {}
+        self._facts: dict[frozenset[str] | None, WorkFacts] = {}
         self._memory: dict[tuple[Any, ...], MemoryPlan] = {}
         self._identity = {pool.name: self._digest(pool.name) for pool in cluster.pools}
 
@@ -143,9 +145,12 @@ class Evaluator:
 
     def reject(self, point: PlanPoint) -> str | None:
         """Why the plan cannot serve this workload at all, or None."""
-        problem = check_plan(point, self.spec, self.cluster)
-        if problem:
-            return problem.reason
+        built = (point.pool, point.replicas, point.degrees, point.weights, point.activations, point.kv_cache)
+        if built not in self._problems:
+            problem = check_plan(point, self.spec, self.cluster)
+            self._problems[built] = problem.reason if problem else None
+        if self._problems[built]:
+            return self._problems[built]
         limit = self.spec.max_context_tokens
         if limit and self.longest_sequence_tokens > limit:
             return (
@@ -321,11 +326,8 @@ class Evaluator:
             rows[metric] = {"value": found}
         if metrics["output_tokens_per_s"] > 0 and self._offered():
             # A server that keeps up puts out what is asked of it, however fast it is.
-            rows["output_tokens_per_s"] = {
-                "value": _ordered(
-                    metrics["output_tokens_per_s"], *(end["output_tokens_per_s"] for end in ends)
-                )
-            }
+            rates = [end["output_tokens_per_s"] for end in ends]
+            rows["output_tokens_per_s"] = {"value": _ordered(metrics["output_tokens_per_s"], *rates)}
         return replace(evaluation, interval=rows)
 
     def _offered(self) -> bool:
@@ -334,11 +336,11 @@ class Evaluator:
 
     # --- bounds -----------------------------------------------------------------------------
 
-    def bounds(self, point: PlanPoint) -> dict[str, float]:
-        """Admissible bounds on the plan's metrics (see `planner.bounds`)."""
+    def bounds(self, point: PlanPoint, wanted: frozenset[str] | None = None) -> dict[str, float]:
+        """Admissible bounds on the plan's metrics (see `planner.bounds`); `wanted` limits the statistics."""
         device = self.cluster.pool(point.pool).device
         found = metric_bounds(
-            self._work(point),
+            self._work(point, wanted),
             replicas=point.replicas,
             devices=point.devices,
             idle_w=device.idle_w + self.site.host_w_per_device,
@@ -349,21 +351,29 @@ class Evaluator:
 
     def work_bound_s(self, point: PlanPoint) -> float:
         """Seconds that one worker needs at the least for all requests: no rate is above requests / this."""
-        return max(self._work(point).work_s, 1e-12)
+        return max(self._work(point, None).work_s, 1e-12)
 
-    def _work(self, point: PlanPoint) -> WorkBounds:
+    def _work(self, point: PlanPoint, wanted: frozenset[str] | None) -> WorkBounds:
         memory = self.memory(point)
         at_once = min(point.max_num_seqs * point.attention_data, len(self.workload))
         room = at_once * (self.longest_sequence_tokens + self.engine.block_tokens)
         preemption = self.engine.admission == "on_demand" and memory.kv_tokens < room
         key = (
             *self.shape_key(point), point.prefix_caching, point.max_num_seqs, point.max_num_batched_tokens,
-            preemption,
+            preemption, wanted,
         )  # fmt: skip
         work = self._bounds.get(key)
         if work is None:
+            facts = self._facts.get(wanted)
+            if facts is None:
+                facts = self._facts[wanted] = WorkFacts(
+                    self.workload,
+                    wanted=wanted,
+                    request_s=self.engine.request_s,
+                    request_per_token_s=self.engine.request_per_token_s,
+                )
             work = self._bounds[key] = work_bounds(
-                self.workload,
+                facts,
                 self.tables(point),
                 prefix_caching=point.prefix_caching,
                 max_num_seqs=point.max_num_seqs,
@@ -372,13 +382,42 @@ class Evaluator:
             )
         return work
 
+    def wanted(self, objectives: tuple[str, ...]) -> frozenset[str]:
+        """The statistics that these objectives and the SLO read; what else bounds know is left out."""
+        names = {f"{metric}.{statistic}" for metric, rows in self.slo.items() for statistic in rows}
+        names |= {f"{OBJECTIVES[name].metric}.{OBJECTIVES[name].statistic}" for name in objectives}
+        return frozenset(names & set(STATISTICS))
+
     def bound_vector(self, point: PlanPoint, objectives: tuple[str, ...], bounds: Mapping[str, float]) -> Any:
         """[m] optimistic objective values of a plan."""
         memory = self.memory(point)
         least = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
+        # The longest request alone holds so many blocks at its end.
+        block = self.engine.block_tokens
+        held = (self.longest_sequence_tokens - 2) // block * block / max(1, point.attention_data)
+        least += min(memory.kv_cache_bytes, max(0.0, held) * memory.kv_bytes_per_token)
         return bound_vector(
             objectives, bounds, float(self.workload.output_tokens.sum()), least * point.devices
         )
+
+    def bound_pieces(self, point: PlanPoint, objectives: tuple[str, ...], vector: Any) -> Any:
+        """[k, m] points of which one at least is no worse than the plan; `vector` is their best corner.
+
+        Where latency and energy are both asked for, they are traded (see `planner.bounds`).
+        """
+        if not {"latency", "energy"} <= set(objectives):
+            return vector[None]
+        trade = self._work(point, self.wanted(objectives)).trade
+        if len(trade) < 2:
+            return vector[None]
+        latency, energy = objectives.index("latency"), objectives.index("energy")
+        pieces = np.repeat(vector[None], len(trade), axis=0)
+        above = (trade[:, 1] - trade[:, 1].min()) * self.site.pue / float(self.workload.output_tokens.sum())
+        pieces[:, latency] = np.maximum(vector[latency], trade[:, 0])
+        pieces[:, energy] = vector[energy] + above
+        # Of rows at the same latency (overload raises it) the last has the least energy.
+        last = np.append(pieces[1:, latency] > pieces[:-1, latency], True)
+        return pieces[last]
 
 
 def table_sizes(space: PlanSpace) -> tuple[int, int]:
@@ -405,6 +444,7 @@ def _ordered(value: float, *others: float) -> tuple[float, float]:
     return min(value, *others), max(value, *others)
 
 
+@lru_cache(maxsize=4096)
 def _round_up(value: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, ... : few distinct table sizes, little waste."""
     power = 1

@@ -122,17 +122,20 @@ class _Programme:
         return sorted(found, key=lambda i: int(self.score[i]))
 
     def _clauses(self, model: Any, index: int, literal: Any) -> None:
-        """For every point of the front, one objective at least in which the plan's bound is better.
+        """For every point of the front, an objective at least in which a piece of the plan's bound is better.
 
         A plan that could only equal a point is kept when it comes first, so that of equal plans the front
         always holds the first.
         """
-        run, bound = self.run, self.candidates.bounds[index]
-        slack = EQUAL * np.abs(bound)
-        for values, item in zip(run.front_values, run.incumbents, strict=True):
-            better = bound + slack < values
-            equal = bool(np.all(np.abs(values - bound) <= slack))
-            if equal and run.order is not None and index < run.order(item):
-                continue
-            # The clause over constants: each term is known, so it is either void or forbids the plan.
-            model.add_bool_or([literal.negated(), *([model.new_constant(1)] if better.any() else [])])
+        run, item = self.run, self.candidates.items[index]
+        # Of plans with equal values the front keeps the first.
+        before = [run.order is not None and index < run.order(found) for found in run.incumbents]
+        first = np.array(before, dtype=np.bool_)
+        for piece in item.pieces:
+            slack = EQUAL * np.abs(piece)
+            better = (piece + slack < run.front_values).any(axis=1)
+            equal = (np.abs(run.front_values - piece) <= slack).all(axis=1)
+            if bool((better | (equal & first)).all()):
+                return
+        # The clause over constants: no piece of the bound is left, which forbids the plan.
+        model.add(literal == 0)

@@ -35,7 +35,7 @@ import numpy.typing as npt
 from planner.evaluate import Evaluator
 from planner.plans import PlanPoint, PlanSpace
 from planner.search.base import Clock, Judged, Outcome, ProgressCallback
-from planner.search.run import EQUAL, SearchRun, rounded
+from planner.search.run import EQUAL, Bound, SearchRun, rounded
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -59,9 +59,18 @@ _LOOK = 8
 class _Leaf:
     """A plan that passed the gates. `place` is its place in the space's own order."""
 
-    point: PlanPoint
-    bound: FloatArray
+    item: Bound
     place: tuple[int, int]
+
+    @property
+    def point(self) -> PlanPoint:
+        """The plan."""
+        return self.item.point
+
+    @property
+    def bound(self) -> FloatArray:
+        """[m] optimistic values."""
+        return self.item.vector
 
 
 @dataclass(slots=True, eq=False)
@@ -307,13 +316,14 @@ class _Tree:
         passed, rejected = run.gate_points(places)
         run.rejected += rejected
         run.rejected_plans += sum(item.plans for item in rejected)
-        for point, bound, distance in passed:
+        for item in passed:
+            point, bound = item.point, item.vector
             self.low, self.high = np.minimum(self.low, bound), np.maximum(self.high, bound)
             group.bounds.append(bound)
-            if distance > EQUAL:
-                self.hopeless.append((point, distance, places[point]))
+            if item.distance > EQUAL:
+                self.hopeless.append((point, item.distance, places[point]))
             else:
-                group.leaves.append(_Leaf(point, bound, places[point]))
+                group.leaves.append(_Leaf(item, places[point]))
         run.tell("tree search")
 
     def _take(self, node: _Node, weights: FloatArray) -> _Leaf | None:
@@ -346,16 +356,16 @@ class _Tree:
         so the front that is found does not depend on the order of the search.
         """
         run = self.run
-        if not run.beaten(leaf.bound):
+        if not run.beaten(leaf.item):
             return False
-        slack = EQUAL * np.abs(leaf.bound)
-        beats = np.all(run.front_values <= leaf.bound + slack, axis=1)
-        strictly = beats & np.any(run.front_values < leaf.bound - slack, axis=1)
-        if bool(strictly.any()):
-            return True
-        return any(
-            hit and self.place(item) < leaf.place for hit, item in zip(beats, run.incumbents, strict=True)
-        )
+        before = np.array([self.place(item) < leaf.place for item in run.incumbents])
+        for piece in leaf.item.pieces:
+            slack = EQUAL * np.abs(piece)
+            beats = np.all(run.front_values <= piece + slack, axis=1)
+            strictly = beats & np.any(run.front_values < piece - slack, axis=1)
+            if not bool((strictly | (beats & before)).any()):
+                return False
+        return True
 
     def _finish(self, node: _Node) -> None:
         """Mark a node, and those above it, when nothing is left of them."""

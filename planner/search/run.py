@@ -29,13 +29,43 @@ _BOUND_SHARE = 0.5
 _NEAREST = 5
 
 
+@dataclass(slots=True, eq=False)
+class Bound:
+    """What bounds say of a plan that passed the gates.
+
+    `vector` [m] is no worse than the plan in any objective; `distance` is the least possible SLO miss.
+    """
+
+    point: PlanPoint
+    vector: FloatArray
+    distance: float
+    _evaluator: Evaluator
+    _objectives: tuple[str, ...]
+    _pieces: FloatArray | None = None
+
+    @property
+    def pieces(self) -> FloatArray:
+        """[k, m] points that `vector` is no worse than, of which one at least is no worse than the plan.
+
+        Worked out when first read: most plans are left out by their vector.
+        """
+        if self._pieces is None:
+            self._pieces = self._evaluator.bound_pieces(self.point, self._objectives, self.vector)
+        return self._pieces
+
+
 @dataclass(slots=True)
 class Candidates:
     """Plans that pass the gates, with what bounds say of them."""
 
-    points: list[PlanPoint]
+    items: list[Bound]
     bounds: FloatArray  # [n, m]
     distance: FloatArray  # [n] least possible SLO miss
+
+    @property
+    def points(self) -> list[PlanPoint]:
+        """The plans."""
+        return [item.point for item in self.items]
 
 
 class SearchRun:
@@ -55,6 +85,7 @@ class SearchRun:
         self.evaluator, self.space, self.objectives = evaluator, space, objectives
         self.clock, self.start, self.budget_s = clock, start, budget_s
         self.report, self.is_cancelled = progress, cancelled
+        self.wanted = evaluator.wanted(objectives)
         self.judged: list[Judged] = []
         self.rejected: list[Rejected] = []
         self.rejected_plans = sum(item.plans for item in space.excluded)
@@ -74,13 +105,13 @@ class SearchRun:
         self.exclude()
         order = list(range(len(self.space.groups)))
         random.Random(seed).shuffle(order)
-        found: list[tuple[int, PlanPoint, FloatArray, float]] = []
+        found: list[tuple[int, Bound]] = []
         refused: list[tuple[int, list[Rejected]]] = []
         for group in order:
             if self.stop(_BOUND_SHARE, done=len(found)):
                 break
             passed, rejected = self.gate(group)
-            found += [(group, *row) for row in passed]
+            found += [(group, item) for item in passed]
             refused.append((group, rejected))
             self.rejected_plans += sum(item.plans for item in rejected)
             self.tell("bounds")
@@ -88,10 +119,9 @@ class SearchRun:
         found.sort(key=lambda row: row[0])
         for _, rows in sorted(refused, key=lambda row: row[0]):
             self.rejected += rows
+        items = [item for _, item in found]
         return Candidates(
-            [row[1] for row in found],
-            np.array([row[2] for row in found]),
-            np.array([row[3] for row in found]),
+            items, np.array([item.vector for item in items]), np.array([item.distance for item in items])
         )
 
     def exclude(self) -> None:
@@ -100,24 +130,23 @@ class SearchRun:
             example = next(self.space.points(item.layout, item.formats or ("bf16",) * 3))
             self.rejected.append(Rejected(example, item.reason, item.plans))
 
-    def gate(self, group: int) -> tuple[list[tuple[PlanPoint, FloatArray, float]], list[Rejected]]:
-        """(plan, bounds on the objectives, least SLO miss) of a group's plans that can run; the others."""
+    def gate(self, group: int) -> tuple[list[Bound], list[Rejected]]:
+        """A group's plans that can run, with their bounds; the others with their reasons."""
         return self.gate_points(self.space.points(*self.space.groups[group]))
 
-    def gate_points(
-        self, points: Iterable[PlanPoint]
-    ) -> tuple[list[tuple[PlanPoint, FloatArray, float]], list[Rejected]]:
+    def gate_points(self, points: Iterable[PlanPoint]) -> tuple[list[Bound], list[Rejected]]:
         """The same for any plans."""
-        passed: list[tuple[PlanPoint, FloatArray, float]] = []
+        passed: list[Bound] = []
         reasons: dict[str, list[PlanPoint]] = {}
+        evaluator, objectives, slo = self.evaluator, self.objectives, self.evaluator.slo
         for point in points:
-            reason = self.evaluator.reject(point)
+            reason = evaluator.reject(point)
             if reason:
                 reasons.setdefault(reason, []).append(point)
                 continue
-            bounds = self.evaluator.bounds(point)
-            vector = self.evaluator.bound_vector(point, self.objectives, bounds)
-            passed.append((point, vector, slo_distance_bound(self.evaluator.slo, bounds)))
+            bounds = evaluator.bounds(point, self.wanted)
+            vector = evaluator.bound_vector(point, objectives, bounds)
+            passed.append(Bound(point, vector, slo_distance_bound(slo, bounds), evaluator, objectives))
         return passed, [Rejected(plans[0], reason, len(plans)) for reason, plans in reasons.items()]
 
     # --- simulation ---------------------------------------------------------------------------
@@ -175,16 +204,23 @@ class SearchRun:
         for index in order:
             if self.stop(done=len(self.judged)):
                 return
-            if prune and self.beaten(candidates.bounds[index]):
+            if prune and self.beaten(candidates.items[index]):
                 self.bounded += 1
                 continue
             yield index
 
-    def beaten(self, bound: FloatArray) -> bool:
-        """Whether a simulated plan is nowhere worse than a plan with this bound can be."""
-        if not len(self.front_values):
+    def beaten(self, item: Bound) -> bool:
+        """Whether simulated plans are nowhere worse than anything that a plan's bound leaves possible."""
+        front = self.front_values
+        if not len(front):
             return False
-        return bool(np.any(np.all(self.front_values <= bound + EQUAL * np.abs(bound), axis=1)))
+        if bool(np.any(np.all(front <= item.vector + EQUAL * np.abs(item.vector), axis=1))):
+            return True
+        # A piece that nothing beats at its corner may be beaten where it really lies.
+        reach = item.pieces + EQUAL * np.abs(item.pieces)
+        if len(reach) == 1:
+            return False
+        return bool(np.all(front[:, None, :] <= reach[None], axis=2).any(axis=0).all())
 
     def evaluate(self, point: PlanPoint) -> Judged:
         """Simulate a plan."""
