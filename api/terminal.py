@@ -22,6 +22,10 @@ PLOT_COLUMNS, PLOT_ROWS = 64, 14
 MAX_ROWS = 24
 
 
+def _share(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
 def console() -> Console:
     """Standard output; wide enough for the table when it is not a terminal."""
     out = Console(highlight=False)
@@ -351,8 +355,8 @@ def show_catalog(what: str, rows: Sequence[Mapping[str, Any]], out: Console | No
             ("predictor", lambda r: r["name"]),
             ("rows", lambda r: f"{r['rows']:,}"),
             ("held-out error", lambda r: f"{100 * r['mape']:.1f} %"),
-            ("closed form", lambda r: f"{100 * r['closed_form_mape']:.1f} %"),
-            ("90 % covers", lambda r: "-" if r["coverage"] is None else f"{100 * r['coverage']:.0f} %"),
+            ("closed form", lambda r: _share(r["closed_form_mape"], 1)),
+            ("90 % covers", lambda r: _share(r["coverage"], 0)),
             ("data", lambda r: r["data"]),
         ]
     elif what == "models":

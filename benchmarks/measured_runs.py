@@ -37,6 +37,12 @@ DEVICES = {
 }
 
 
+def version_key(version: Any) -> tuple[int, ...] | None:
+    """(major, minor) of an engine version; None for development builds, which are named freely."""
+    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return (int(found.group(1)), int(found.group(2))) if found else None
+
+
 def formats(row: Any) -> dict[str, str]:
     """Weights and activations of a run, from its checkpoint's precision."""
     precision = row.precision if isinstance(row.precision, str) else "bf16"
@@ -264,6 +270,7 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path)
     parser.add_argument("--use", choices=("calibrate", "judge"), default="judge")
+    parser.add_argument("--since", default="", help="only runs of this engine version or newer (or unnamed)")
     parser.add_argument("--sample", type=int, default=0, help="at most this many rows per group")
     parser.add_argument("--backend", default="", help="only this engine")
     parser.add_argument("--fit", action="store_true", help="fit host terms of --backend on these rows")
@@ -279,6 +286,9 @@ def main() -> None:
     ]
     if given.backend:
         runs = runs[runs.backend == given.backend]
+    if given.since:
+        least = version_key(given.since)
+        runs = runs[[version_key(v) is None or version_key(v) >= least for v in runs.backend_version]]
     if given.sample:
         order = runs.sample(frac=1.0, random_state=0)
         runs = order[order.groupby(["model_path", "system", "backend"]).cumcount() < given.sample]

@@ -283,7 +283,10 @@ class PlanningRequest(StrictModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain JSON values, fields that were left out not filled with null."""
-        return self.model_dump(mode="json", exclude_none=True)
+        found = self.model_dump(mode="json", exclude_none=True)
+        if self.site == Site():
+            del found["site"]  # nothing beside the accelerators: nothing to say
+        return found
 
 
 # --- what a plan is ------------------------------------------------------------------------

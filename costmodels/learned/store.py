@@ -87,7 +87,8 @@ def artifact_rows() -> list[dict[str, Any]]:
         kept.append(
             {
                 "name": key, "mape": curve["mape"], "p90": curve["p90"], "rows": curve["rows"],
-                "data": curve["data"], "source": curve["data"], "file": "collectives.json",
+                "closed_form_mape": None, "coverage": None, "data": curve["data"], "source": curve["data"],
+                "file": "collectives.json",
             }
         )  # fmt: skip
     return kept

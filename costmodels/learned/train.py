@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -164,13 +163,16 @@ def choose_prior(problem: Problem, batch: Batch, seed: int) -> Trees | None:
 def boosted(features: Any, target: FloatArray, family: str, seed: int) -> Trees:
     """Trees of a family's size, by scikit-learn."""
     from sklearn.ensemble import HistGradientBoostingRegressor
+    from threadpoolctl import threadpool_limits
 
     count, leaves, rate, least = SETTINGS[family]
     model = HistGradientBoostingRegressor(
         max_iter=count, max_leaf_nodes=leaves, learning_rate=rate, min_samples_leaf=least,
         l2_regularization=0.3, max_bins=255, early_stopping=False, random_state=seed,
     )  # fmt: skip
-    model.fit(features, target)
+    # Processes share the work; threads of one fit would only wait for each other.
+    with threadpool_limits(1, "openmp"):
+        model.fit(features, target)
     return from_boosting(model)
 
 
@@ -318,11 +320,6 @@ def collective_link(catalog: Any, device: str) -> float:
     return float(link.bandwidth_bytes_per_s) if link is not None else 0.0
 
 
-def _one_thread() -> None:
-    """One thread a process: two pools of threads on the same cores wait for each other."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-
 def train_one(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
     """An artifact's bytes and its card."""
     if problem.watts is not None:
@@ -445,7 +442,7 @@ def train(
         for problem in wanted:
             keep(*train_one(problem, seed))
     else:
-        with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(workers) as pool:
             # Few at a time: a table is tens of megabytes.
             batch: list[Problem] = []
             for problem in wanted:

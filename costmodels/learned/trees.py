@@ -22,7 +22,7 @@ import numpy.typing as npt
 from numba import njit
 
 Matrix = npt.NDArray[np.float32]
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _LEAF = 255
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -128,31 +128,27 @@ def from_boosting(model: Any) -> Trees:
 
 def from_forest(model: Any) -> Trees:
     """A fitted scikit-learn forest of regression trees: its mean as a sum of small leaves."""
-    feature: list[int] = []
-    threshold: list[float] = []
-    right: list[int] = []
-    value: list[float] = []
-    roots: list[int] = []
+    parts: list[tuple[Any, Any, Any, Any]] = []
+    roots, offset = [], 0
     for estimator in model.estimators_:
         tree = estimator.tree_
-        roots.append(len(feature))
-
-        def put(at: int, tree: Any = tree) -> None:
-            here = len(feature)
-            leaf = int(tree.children_left[at]) < 0
-            feature.append(_LEAF if leaf else int(tree.feature[at]))
-            threshold.append(0.0 if leaf else float(tree.threshold[at]))
-            value.append(float(tree.value[at, 0, 0]) / len(model.estimators_) if leaf else 0.0)
-            right.append(0)
-            if not leaf:
-                put(int(tree.children_left[at]))
-                right[here] = len(feature)
-                put(int(tree.children_right[at]))
-
-        put(0)
-    split, start = np.array(feature, np.uint8), np.array(roots, np.int32)
-    leaves = _dequantized(*_quantized(split, np.array(value), start), split, start)
-    return Trees(split, np.array(threshold, np.float32), np.array(right, np.int32), leaves, start, 0.0)
+        inner = tree.children_left >= 0
+        # Grown depth first, so that nodes stand in preorder already.
+        assert (tree.children_left[inner] == np.flatnonzero(inner) + 1).all()
+        parts.append(
+            (
+                np.where(inner, tree.feature, _LEAF),
+                np.where(inner, tree.threshold, 0.0),
+                np.where(inner, tree.children_right + offset, 0),
+                np.where(inner, 0.0, tree.value[:, 0, 0] / len(model.estimators_)),
+            )
+        )
+        roots.append(offset)
+        offset += tree.node_count
+    feature, threshold, right, value = (np.concatenate(column) for column in zip(*parts, strict=True))
+    split, start = feature.astype(np.uint8), np.array(roots, np.int32)
+    leaves = _dequantized(*_quantized(split, value, start), split, start)
+    return Trees(split, threshold.astype(np.float32), right.astype(np.int32), leaves, start, 0.0)
 
 
 def joined(first: Trees, second: Trees) -> Trees:
@@ -197,24 +193,38 @@ def _dequantized(
     return value
 
 
+def _planes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """[4 n] all first bytes, all second ones, ...: neighbours of a plane are alike."""
+    return np.ascontiguousarray(values.view(np.uint8).reshape(-1, 4).T).reshape(-1)
+
+
+def _joined_planes(planes: npt.NDArray[np.uint8], kind: type[Any]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(planes.reshape(4, -1).T).reshape(-1).view(kind)
+
+
 def pack(trees: Trees, card: dict[str, Any]) -> bytes:
     """A file's bytes: the trees with their card (plain JSON values)."""
     inner = trees.feature != _LEAF
-    used = np.unique(trees.feature[inner])
-    tables, index = [], np.zeros(int(inner.sum()), dtype=np.uint16)
+    split = trees.feature[inner]
+    used = np.unique(split)
+    tables, index = [], np.zeros(len(split), dtype=np.uint16)
     for number in used:
-        own = trees.feature[inner] == number
+        own = split == number
         table, index[own] = np.unique(trees.threshold[inner][own], return_inverse=True)
         tables.append(table.astype(np.float32))
     steps, scale = _quantized(trees.feature, trees.value, trees.roots)
-    widest = max((len(table) for table in tables), default=0)
+    index = index[np.argsort(split, kind="stable")]
+    thresholds = np.concatenate([np.zeros(0, np.float32), *tables]).view(np.int32)
     arrays = {
-        "feature": trees.feature,
-        "thresholds": np.concatenate([np.zeros(0, np.float32), *tables]),
+        # What is alike stands together, which packs best: which nodes split, by what, at which threshold.
+        "nodes": np.array([len(inner)], np.int64),
+        "inner": np.packbits(inner),
+        "split": split,
         "tables": np.array([[number, len(t)] for number, t in zip(used, tables, strict=True)], np.uint16),
-        "index": index.astype(np.uint8) if widest <= 256 else index,
+        "thresholds": _planes(np.diff(thresholds, prepend=np.int32(0)).astype(np.int32)),
+        "index": index.astype(np.uint8) if max((len(t) for t in tables), default=0) <= 256 else index,
         "leaf": steps,
-        "scale": scale,
+        "scale": _planes(np.ascontiguousarray(scale.T).reshape(-1)),
     }
     header = {**card, "format": FORMAT_VERSION, "base": trees.base}
     buffer = io.BytesIO()
@@ -241,14 +251,20 @@ def unpack(path: Path) -> tuple[Trees, dict[str, Any]]:
         def array(name: str) -> Any:
             return np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
 
-        feature = array("feature")
-        inner = feature != _LEAF
+        inner = np.unpackbits(array("inner"))[: int(array("nodes")[0])].astype(bool)
+        split = array("split")
+        feature = np.full(len(inner), _LEAF, np.uint8)
+        feature[inner] = split
         sizes = array("tables").reshape(-1, 2).astype(np.int64)
         start = np.zeros(256, dtype=np.int64)
         start[sizes[:, 0]] = np.cumsum(sizes[:, 1]) - sizes[:, 1]
+        index = np.zeros(len(split), np.int64)
+        index[np.argsort(split, kind="stable")] = array("index")
+        thresholds = np.cumsum(_joined_planes(array("thresholds"), np.int32), dtype=np.int32).view(np.float32)
         threshold = np.zeros(len(feature), np.float32)
-        threshold[inner] = array("thresholds")[start[feature[inner]] + array("index")]
-        steps, scale = array("leaf"), array("scale")
+        threshold[inner] = thresholds[start[split] + index]
+        steps = array("leaf")
+        scale = _joined_planes(array("scale"), np.float32).reshape(2, -1).T
     right, roots = _preorder(feature)
     value = _dequantized(steps, scale, feature, roots)
     return Trees(feature, threshold, right, value, roots, float(card["base"])), card

@@ -178,7 +178,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                 f"{path}.version",
                 f"{engine} {version} is older than {item['since']}, the oldest version that is described",
             )
-    host = _document()["host"][engine]
+    host = _document()["host"][item.get("host", engine)]
     return EngineProfile(
         engine=engine,
         version=item["version"],
@@ -220,7 +220,7 @@ def engine_rows() -> list[dict[str, Any]]:
     """What `planfront catalog engines` lists: one plain dict per profile."""
     rows: list[dict[str, Any]] = []
     for engine in sorted({item["engine"] for item in _document()["profile"]}):
-        host = _document()["host"][engine]
+        hosts = _document()["host"]
         rows += [
             {
                 "name": f"{engine}-{item['version']}",
@@ -234,8 +234,8 @@ def engine_rows() -> list[dict[str, Any]]:
                 "memory_rule": item["memory_rule"],
                 "memory_fraction": item.get("memory_fraction"),
                 "defaults_by_memory": item["tiers"],
-                "host_s": {key: value for key, value in host.items() if key != "source"},
-                "host_source": host["source"],
+                "host_s": {k: v for k, v in hosts[item.get("host", engine)].items() if k != "source"},
+                "host_source": hosts[item.get("host", engine)]["source"],
                 "source": item["source"],
             }
             for item in _profiles(engine)
