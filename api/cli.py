@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-COMMANDS = ("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog", "schema", "train", "profile")
+SERVICE = ("serve", "worker", "db", "keys", "runs", "rerun", "backup", "prune")
+COMMANDS = (
+    "plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog", "schema", "train", "profile",
+    *SERVICE,
+)  # fmt: skip
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
@@ -194,6 +198,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: planfront schema request > request.schema.json",
     )
     schema.add_argument("what", choices=("request", "plan", "result"))
+    from api import cli_service
+
+    cli_service.add_commands(commands)
     return parser
 
 
@@ -205,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     from hardware.errors import InputError
 
-    run = {
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
         "plan": _plan,
         "evaluate": _evaluate,
         "batch": _batch,
@@ -216,9 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "schema": _schema,
         "train": _train,
         "profile": _profile,
-    }[given.command]
+        "serve": _serve,
+    }
     try:
-        code = run(given)
+        code = run.get(given.command, _service)(given)
         sys.stdout.flush()
         return code
     except InputError as error:
@@ -550,6 +558,20 @@ def _train(given: argparse.Namespace) -> int:
     size_mb = sum(card.size_bytes for card in cards) / 1e6
     print(f"{len(cards)} predictors, {size_mb:.1f} MB, written to {out}")
     return DONE
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from api import cli_service
+    from web.app import create_app
+
+    return cli_service.serve(given, create_app)
+
+
+def _service(given: argparse.Namespace) -> int:
+    from api import cli_service
+
+    found: int = getattr(cli_service, given.command)(given)
+    return found
 
 
 def _schema(given: argparse.Namespace) -> int:

@@ -120,13 +120,27 @@ def request_body(schema: str) -> dict[str, Any]:
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
     """The generated document with the schemas that `request_body` and `problems` point to."""
+    from api.run_schemas import RunRequest
+    from api.runs import RunChanges
+
+    bodies: tuple[type[BaseModel], ...] = (
+        PlanningRequest, EvaluateRequest, RunRequest, RunChanges, Problem
+    )  # fmt: skip
     _, definitions = models_json_schema(
-        [(model, "validation") for model in (PlanningRequest, EvaluateRequest, Problem)],
+        [(model, "validation") for model in bodies],
         ref_template="#/components/schemas/{model}",
     )
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name, schema in definitions["$defs"].items():
         schemas.setdefault(name, schema)
+    document["components"]["securitySchemes"] = {
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "`planfront keys create` makes one. Not needed where the service has none.",
+        }
+    }
+    document["security"] = [{}, {"key": []}]
     # The framework documents its own form of 422 wherever a header is read; it is never sent.
     for operations in document["paths"].values():
         for operation in operations.values():
