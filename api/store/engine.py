@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Float, cast, create_engine, event, func, literal_column, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError
 from sqlalchemy.sql.elements import ColumnElement
 
 from hardware.errors import InputError
@@ -158,7 +158,7 @@ class Database:
         try:
             with self.read() as connection:
                 return MigrationContext.configure(connection).get_current_revision() or ""
-        except OperationalError as error:
+        except DatabaseError as error:
             raise InputError("--database-url", _words(error)) from None
 
     def upgrade(self, revision: str = "head") -> None:
@@ -179,7 +179,7 @@ class Database:
                     connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
                 config.attributes["connection"] = connection
                 getattr(command, direction)(config, revision)
-        except OperationalError as error:
+        except DatabaseError as error:
             raise InputError("--database-url", _words(error)) from None
         if self.path and Path(self.path).exists():
             # Requests and webhook secrets are nobody else's business.
@@ -208,19 +208,17 @@ def open_database(url: str | None = None, *, upgrade: bool | None = None) -> Dat
     InputError for one that cannot be used.
     """
     database = Database(url or default_url())
-    if database.is_sqlite if upgrade is None else upgrade:
-        if database.revision() != database.head():
-            _refuse_newer(database)
+    try:
+        found = database.revision()
+        if found != database.head():
+            newer = found > database.head()
+            if newer or not (database.is_sqlite if upgrade is None else upgrade):
+                database.check_schema()
             database.upgrade()
-    else:
-        database.check_schema()
+    except BaseException:
+        database.close()
+        raise
     return database
-
-
-def _refuse_newer(database: Database) -> None:
-    found = database.revision()
-    if found > database.head():
-        database.check_schema()
 
 
 def _pragmas(connection: Any, _: Any) -> None:
@@ -240,5 +238,5 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
 
-def _words(error: OperationalError) -> str:
+def _words(error: DatabaseError) -> str:
     return f"cannot be used: {str(error.orig).strip().splitlines()[0]}"[:300]

@@ -121,8 +121,8 @@ class Store(Queue, Keys, Uploads, Operations):
         dialect = sqlite if self.database.is_sqlite else postgresql
         row = {"owner": owner, "key": key, "body_sha256": body_sha256, "run_id": run_id, "created_at": now}
         # Waits for a transaction that is inserting the same key, so two clients never both win.
-        made = connection.execute(dialect.insert(IDEMPOTENCY).values(**row).on_conflict_do_nothing())
-        if made.rowcount:
+        statement = dialect.insert(IDEMPOTENCY).values(**row).on_conflict_do_nothing()
+        if connection.scalar(statement.returning(IDEMPOTENCY.c.run_id)) is not None:
             return None
         found = connection.execute(
             select(IDEMPOTENCY.c.body_sha256, IDEMPOTENCY.c.run_id).where(
