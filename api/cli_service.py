@@ -60,8 +60,8 @@ def add_commands(commands: Any) -> None:
         "keys",
         help="make, list and revoke API keys",
         description="`create` prints a new key once; `list` shows all without their secrets; `revoke ID` "
-        "ends one. Roles: viewer reads, planner also plans, admin also changes what others planned. Once there is "
-        "a key, every call needs one.",
+        "ends one. Roles: viewer reads, planner also plans, admin also changes what others planned. Once "
+        "there is a key, every call needs one.",
         epilog="example: planfront keys create --role planner --name nightly",
     )
     keys.add_argument("what", choices=("create", "list", "revoke"), metavar="{create,list,revoke}")

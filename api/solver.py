@@ -23,7 +23,7 @@ from typing import Any
 #: Least time between two reports, in s.
 REPORT_S = 0.5
 #: Simulated plans are handed over for the checkpoint at least this often, in s.
-CHECKPOINT_S = 2.0
+CHECKPOINT_S = 1.0
 #: Reference of a request to an uploaded trace: `workload.trace.path: "upload:ID"`.
 UPLOAD_PREFIX = "upload:"
 
