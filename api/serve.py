@@ -22,6 +22,8 @@ from hardware.errors import InputError
 _LOG = logging.getLogger("planfront.serve")
 #: Connections that are still open after a stop signal are closed after so long, in s.
 GRACE_S = 10
+#: Before a worker that ended is started again, in s.
+_PAUSE_S = 0.2
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 
@@ -150,7 +152,7 @@ class Supervisor:
             thread.join(1.0)
 
     def _keep(self) -> None:
-        pause_s = 0.5
+        pause_s = _PAUSE_S
         while not self._stop.is_set():
             began = time.monotonic()
             with self._lock:
@@ -164,7 +166,8 @@ class Supervisor:
             if self._stop.is_set():
                 return
             _LOG.error("a worker ended; it is started again", extra={"exit_code": code})
-            pause_s = 0.5 if time.monotonic() - began > 10 else min(2 * pause_s, 30.0)
+            # One that dies at once, again and again, is no reason to keep the machine busy.
+            pause_s = _PAUSE_S if time.monotonic() - began > 3 else min(2 * pause_s, 10.0)
             self._stop.wait(pause_s)
 
 

@@ -111,6 +111,7 @@ def _warm(planner: Any) -> None:
 def make_planner() -> Any:
     """A planner that remembers what it simulated, and reads uploaded traces and no other file."""
     from api.checks import NOWHERE
+    from hardware import InputError
     from planner.evaluate import Evaluation, Evaluator
     from planner.pipeline import Planner, Question
     from planner.plans import PlanPoint
@@ -171,10 +172,14 @@ def make_planner() -> Any:
             file = Path(self.uploads[trace.path.removeprefix(UPLOAD_PREFIX)])
             mapping = request.workload.model_dump(exclude_none=True)
             mapping["trace"]["path"] = file.name
-            workload, summary, report = load_workload(mapping, file.parent)
+            try:
+                workload, summary, report = load_workload(mapping, file.parent)
+            except InputError as error:  # its words may name the worker's own folder
+                message = error.message.replace(str(file), trace.path).replace(file.name, trace.path)
+                raise InputError(error.path, message, error.hint) from None
             facts = summary.as_dict()
             if report is not None:
-                facts["trace"] = report.as_dict()
+                facts["trace"] = {**report.as_dict(), "path": trace.path}
             return workload, facts
 
     return ServicePlanner(allow_paths=False, base_dir=NOWHERE)

@@ -61,6 +61,7 @@ class Worker:
         webhooks.start()
         pause_s = POLL_S
         _LOG.info("worker started", extra={"worker_id": self.id})
+        self._start_process()
         while not self.stop.is_set():
             try:
                 now = time.monotonic()
