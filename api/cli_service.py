@@ -231,6 +231,7 @@ def _show_keys(store: Store, *, as_json: bool) -> None:
             "state": "active" if record.active(now) else "revoked" if record.revoked_at else "expired",
             "created_at": instant(record.created_at),
             "expires_at": instant(record.expires_at),
+            "last_used_at": instant(record.last_used_at),
         }
         for record in store.all_keys()
     ]

@@ -124,6 +124,8 @@ class Gate:
             )
         if len(self._known) >= _MOST_KNOWN:
             self._known.clear()
+        if record.last_used_at is None or record.last_used_at < time.time() - 3600:
+            await run_in_threadpool(store.touch_key, record.id)
         principal = Principal(record.id, record.role)
         self._known[text] = (principal, now + _BELIEVE_S)
         return principal

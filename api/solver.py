@@ -177,7 +177,7 @@ def make_planner() -> Any:
             except InputError as error:  # its words may name the worker's own folder
                 message = error.message.replace(str(file), trace.path).replace(file.name, trace.path)
                 raise InputError(error.path, message, error.hint) from None
-            facts = summary.as_dict()
+            facts = {**summary.as_dict(), "source": trace.path}
             if report is not None:
                 facts["trace"] = {**report.as_dict(), "path": trace.path}
             return workload, facts

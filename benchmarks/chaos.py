@@ -1,6 +1,6 @@
 """Runs are neither lost nor doubled while workers are killed and the API is restarted.
 
-    python benchmarks/chaos.py [--runs 200] [--clients 16] [--kill-every-s 3] [--database-url URL]
+    python benchmarks/chaos.py [--runs 200] [--clients 16] [--kill-every-s 4] [--database-url URL]
 
 Clients submit runs, each twice under one idempotency key, and wait for their ends. Meanwhile a worker gets
 SIGKILL every few seconds, and the API is stopped and started twice (once by SIGTERM, once by SIGKILL). In
@@ -44,7 +44,7 @@ def question(variant: int) -> dict[str, Any]:
         "workload": {
             "synthetic": {
                 "arrivals": {"process": "poisson", "rate_rps": 4.0 + variant},
-                "requests": 4000,
+                "requests": 2000,
                 "input_tokens": {"distribution": "lognormal", "mean": 900, "cv": 1.0},
                 "output_tokens": {"distribution": "lognormal", "mean": 200, "cv": 0.8},
                 "seed": variant,
@@ -88,7 +88,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--kill-every-s", type=float, default=3.0)
+    parser.add_argument("--kill-every-s", type=float, default=4.0)
     parser.add_argument("--database-url", help="default: a SQLite file in a temporary folder")
     parser.add_argument("--limit-s", type=float, default=900.0)
     given = parser.parse_args()

@@ -62,6 +62,13 @@ class Keys:
         with self.database.read() as connection:
             return connection.scalar(select(KEY.c.id).limit(1)) is not None
 
+    def touch_key(self, key_id: str) -> None:
+        """A key was used: noted once an hour, which is enough to find those that nobody needs."""
+        now = time.time()
+        late = KEY.c.last_used_at.is_(None) | (KEY.c.last_used_at < now - 3600)
+        with self.database.write() as connection:
+            connection.execute(update(KEY).where(KEY.c.id == key_id, late).values(last_used_at=now))
+
     def revoke_key(self, key_id: str) -> bool:
         """End a key for good. False when there is no such active key."""
         with self.database.write() as connection:

@@ -104,6 +104,7 @@ class KeyRecord:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    last_used_at: float | None = None
 
     def active(self, now: float) -> bool:
         """Neither revoked nor expired."""

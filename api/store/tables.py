@@ -124,6 +124,7 @@ class ApiKey(SQLModel, table=True):
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None
+    last_used_at: float | None = None
 
 
 class Delivery(SQLModel, table=True):

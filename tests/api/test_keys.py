@@ -119,6 +119,14 @@ def test_a_revoked_key_opens_nothing(guarded: Any, monkeypatch: pytest.MonkeyPat
     assert_problem(client.get(RUNS, headers=expired), 401, "key")
 
 
+def test_the_use_of_a_key_is_noted(guarded: Any) -> None:
+    client, store, _ = guarded
+    key_id, headers = add_key(store, "viewer")
+    assert store.key(key_id).last_used_at is None
+    client.get(RUNS, headers=headers)
+    assert time.time() - store.key(key_id).last_used_at < 60
+
+
 def test_browsers_may_send_the_key_as_a_password(guarded: Any) -> None:
     client, _, headers = guarded
     key = headers["viewer"]["Authorization"].removeprefix("Bearer ")
