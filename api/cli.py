@@ -11,10 +11,7 @@ from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
 SERVICE = ("serve", "worker", "db", "keys", "runs", "rerun", "backup", "prune")
-COMMANDS = (
-    "plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog", "schema", "train", "profile",
-    *SERVICE,
-)  # fmt: skip
+COMMANDS = ("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog", "schema", "train", "profile")
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
@@ -28,7 +25,9 @@ class _Parser(argparse.ArgumentParser):
             import difflib
 
             given = message.split("'")[1]
-            close = difflib.get_close_matches(given, (*COMMANDS, *CATALOGS, *METHODS), n=1, cutoff=0.4)
+            close = difflib.get_close_matches(
+                given, (*COMMANDS, *SERVICE, *CATALOGS, *METHODS), n=1, cutoff=0.4
+            )
             if close:
                 message = f"unknown '{given}'; did you mean '{close[0]}'?"
         self.exit(BAD_INPUT, f"planfront: error: {message}\nTry '{self.prog} --help'.\n")
@@ -220,10 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sweep": _sweep,
         "export": _export,
         "catalog": _catalog,
-        "schema": _schema,
         "train": _train,
         "profile": _profile,
-        "serve": _serve,
     }
     try:
         code = run.get(given.command, _service)(given)
@@ -328,11 +325,17 @@ def _plan(given: argparse.Namespace) -> int:
     _check_target(given.html)
     workers = _workers(given.workers)
     from api.terminal import ProgressLine, show_result
-    from planner.pipeline import Planner
 
-    with ProgressLine(enabled=not given.quiet) as progress:
-        result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
-    plain = result.model_dump(mode="json")
+    if given.server:
+        from api.cli_service import plan_there
+
+        plain = plan_there(given.server, data, base, quiet=given.quiet)
+    else:
+        from planner.pipeline import Planner
+
+        with ProgressLine(enabled=not given.quiet) as progress:
+            result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
+        plain = result.model_dump(mode="json")
     if given.json:
         import json
 
@@ -353,6 +356,10 @@ def _evaluate(given: argparse.Namespace) -> int:
 
     _check_target(given.json)
     path = Path(given.file)
+    if given.server:
+        from api.cli_service import evaluate_there
+
+        return evaluate_there(given.server, path, given.json, _write)
     if path.suffix.lower() == ".jsonl":
         open_file(path).close()
         target = None
@@ -469,7 +476,12 @@ def _export(given: argparse.Namespace) -> int:
     from hardware.errors import InputError
     from planner.exports import export_result
 
-    data, _ = read_document(given.result)
+    if given.server:
+        from api.cli_service import result_there
+
+        data = result_there(given.server, given.result)
+    else:
+        data, _ = read_document(given.result)
     if not isinstance(data, dict) or not isinstance(data.get("plans"), list) or "request" not in data:
         raise InputError(given.result, "is no result of `planfront plan --json`")
     artifact = export_result(data, given.plan, given.target)
@@ -490,7 +502,11 @@ def _export(given: argparse.Namespace) -> int:
 
 def _catalog(given: argparse.Namespace) -> int:
     rows: list[dict[str, Any]]
-    if given.what == "devices":
+    if given.server:
+        from api.cli_service import catalog_there
+
+        rows = catalog_there(given.server, given.what)
+    elif given.what == "devices":
         from hardware import catalog_rows
 
         rows = catalog_rows()
@@ -560,29 +576,15 @@ def _train(given: argparse.Namespace) -> int:
     return DONE
 
 
-def _serve(given: argparse.Namespace) -> int:
-    from api import cli_service
-    from web.app import create_app
-
-    return cli_service.serve(given, create_app)
-
-
 def _service(given: argparse.Namespace) -> int:
     from api import cli_service
 
+    if given.command == "serve":
+        from web.app import create_app
+
+        return cli_service.serve(given, create_app)
     found: int = getattr(cli_service, given.command)(given)
     return found
-
-
-def _schema(given: argparse.Namespace) -> int:
-    import json
-
-    from planner.request import Plan, PlanningRequest
-    from planner.result import PlanningResult
-
-    models: dict[str, Any] = {"request": PlanningRequest, "plan": Plan, "result": PlanningResult}
-    print(json.dumps(models[given.what].model_json_schema(), indent=1))
-    return DONE
 
 
 if __name__ == "__main__":

@@ -120,6 +120,12 @@ def add_commands(commands: Any) -> None:
     prune.add_argument("--older-than", metavar="DAYS", type=float, required=True)
     prune.add_argument("--database-url", metavar="URL", help=_DATABASE)
 
+    for name in ("plan", "evaluate", "export", "catalog"):
+        known: argparse.ArgumentParser = commands.choices[name]
+        words = "RESULT is the id of a run of this service" if name == "export" else "ask this service"
+        default = os.environ.get("PLANFRONT_SERVER") if name in ("plan", "evaluate") else None
+        known.add_argument("--server", metavar="URL", default=default, help=words)
+
 
 def _log_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
@@ -335,6 +341,116 @@ def prune(given: argparse.Namespace) -> int:
     finally:
         store.close()
     print(f"{count} runs deleted")
+    return DONE
+
+
+# --- commands of their own that ask a service -------------------------------------------------------
+
+
+def plan_there(server: str, data: Any, base: Path, *, quiet: bool) -> dict[str, Any]:
+    """`planfront plan --server`: the result of a run of this request; Ctrl-C cancels it."""
+    from api.client import Client
+    from api.files import open_file
+    from hardware.errors import InputError
+
+    with Client(server) as client:
+        trace = ((data.get("workload") or {}).get("trace") or {}) if isinstance(data, dict) else {}
+        path = trace.get("path", "") if isinstance(trace, dict) else ""
+        if isinstance(path, str) and path and not path.startswith("upload:"):
+            file = Path(path) if Path(path).is_absolute() else base / path
+            with open_file(file) as source:
+                sent = client.upload(source.read(), file.name)
+            data = {**data, "workload": {**data["workload"], "trace": {**trace, "path": sent["path"]}}}
+        run = client.submit(data)
+        try:
+            run = client.wait(run["id"], 365 * 86_400, None if quiet else _tell)
+        except KeyboardInterrupt:
+            client.cancel(run["id"])
+            raise
+        if not quiet:
+            print(f"run {run['id']} is {run['status']}", file=sys.stderr)
+        if run["error"]:
+            found = [(row["path"], row["message"]) for row in run["error"].get("errors", ())]
+            path, message = found[0] if found else ("", run["error"]["detail"])
+            raise InputError(path, message)
+        return client.result(run["id"])
+
+
+def result_there(server: str, run_id: str) -> dict[str, Any]:
+    """`planfront export --server`: the result of a stored run."""
+    from api.client import Client
+
+    with Client(server) as client:
+        return client.result(run_id)
+
+
+def catalog_there(server: str, kind: str) -> list[dict[str, Any]]:
+    """`planfront catalog --server`."""
+    from api.client import Client
+
+    with Client(server) as client:
+        return client.catalog(kind)
+
+
+def _tell(run: dict[str, Any]) -> None:
+    now = run["progress"]
+    words = f"{now['simulated']} simulated, {now['front']} on the front" if now else run["status"]
+    print(f"run {run['id']}: {words}", file=sys.stderr)
+
+
+def evaluate_there(server: str, file: Path, target: str | None, write: Any) -> int:
+    """`planfront evaluate --server`: one request, or a file of them in order."""
+    from api.client import Client, ServiceError
+    from api.evaluate import encode, problem
+    from api.files import parse_json, read_document, read_lines
+    from hardware.errors import InputError
+
+    with Client(server) as client:
+        if file.suffix.lower() != ".jsonl":
+            data, _ = read_document(str(file))
+            answer = client.evaluate(data)
+            answer = {"id": data.get("id"), **answer}
+            if target:
+                write(target, encode(answer) + "\n")
+            if target != "-":
+                from api.terminal import show_evaluation
+
+                show_evaluation(answer)
+            return DONE if answer["status"] == "ok" else NO_PLAN
+        lines = []
+        for number, line in read_lines(file):
+            ident = None
+            try:
+                if line is None:
+                    raise InputError(f"line {number}", "is too long")
+                data = parse_json(line.decode("utf-8"))
+                ident = data.get("id") if isinstance(data, dict) else None
+                answer = {"id": ident, **client.evaluate(data)}
+            except ServiceError as error:
+                if error.status != 422:
+                    raise
+                answer = {"id": ident, "status": "error", "error": problem(error)}
+            except (ValueError, InputError) as error:
+                if isinstance(error, InputError) and error.path == "--server":
+                    raise
+                words = str(error)[:300]
+                answer = {
+                    "id": ident,
+                    "status": "error",
+                    "error": {"path": f"line {number}", "message": words},
+                }
+            lines.append(encode(answer) + "\n")
+        write(target or "-", "".join(lines))
+    return DONE
+
+
+def schema(given: argparse.Namespace) -> int:
+    """`planfront schema`."""
+    from planner.request import Plan, PlanningRequest
+    from planner.result import PlanningResult
+
+    models: dict[str, Any] = {"request": PlanningRequest, "plan": Plan, "result": PlanningResult}
+    print(json.dumps(models[given.what].model_json_schema(), indent=1))
     return DONE
 
 

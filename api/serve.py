@@ -70,7 +70,9 @@ def serve(
             # Streams end on their own only when their run does.
             if app.state.runs is not None and self.loop is not None:
                 self.loop.call_soon_threadsafe(app.state.runs.begin_close)
-            super().handle_exit(sig, frame)
+            # Not the parent's: it would end this process by the same signal, before the workers are told.
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
 
         async def serve(self, sockets: Any = None) -> None:
             import asyncio
@@ -95,6 +97,7 @@ def serve(
         sockets = [config.bind_socket()]
     except SystemExit:  # uvicorn has logged why
         raise InputError("--port", f"{host}:{port} cannot be listened on") from None
+    sockets[0].listen(2048)  # who is told the address below may come at once
     address = sockets[0].getsockname()
     shown = f"[{address[0]}]" if ":" in str(address[0]) else address[0]
     supervisor = Supervisor(url, workers, log_format)
