@@ -69,6 +69,8 @@ class Service:
             "PLANFRONT_DATABASE_URL": self.url,
             "PYTHONPATH": str(ROOT),
             "PLANFRONT_LEASE_S": "3",
+            # A run that is over before its first checkpoint may be unlucky more than five times.
+            "PLANFRONT_MAX_CRASHES": "50",
         }
         command = [
             sys.executable, "-m", "api.cli", "serve", "--port", str(self.port),

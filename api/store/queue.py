@@ -197,7 +197,8 @@ class Queue:
         with self.database.write() as connection:
             # The lock on the run's row: nobody claims it between the look and the insert.
             held = connection.execute(
-                update(RUN).where(self._held(claim)).values(worker_id=claim.worker_id)
+                # It got further since the last worker was lost: no run that kills whoever takes it.
+                update(RUN).where(self._held(claim)).values(crashes=0)
             ).rowcount
             if held:
                 connection.execute(insert(CHECKPOINT).values(run_id=claim.run_id, part=part, body=body))

@@ -288,6 +288,14 @@ class StoreConformance:
         assert store.give_back(claimed(store), "lost", crashed=True, most_crashes=2)
         assert status(store, run_id) == "failed"
 
+    def test_a_run_that_gets_further_is_no_killer(self, store: Store) -> None:
+        run_id, _ = store.submit(new_run())
+        for part in range(3):
+            claim = claimed(store)
+            assert store.add_checkpoint(claim, part, b"x")
+            assert store.give_back(claim, "lost", crashed=True, most_crashes=2)
+        assert status(store, run_id) == "interrupted"
+
     # --- ends -------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("end", [Status.DONE, Status.INFEASIBLE, Status.FAILED, Status.CANCELLED])
