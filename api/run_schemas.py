@@ -180,6 +180,28 @@ def run_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def links(parameter: str, *operations: str) -> dict[str, Any]:
+    """Where the `id` of an answer leads: operations that take it as `parameter`."""
+    return {
+        operation: {"operationId": operation, "parameters": {parameter: "$response.body#/id"}}
+        for operation in operations
+    }
+
+
+#: What can be asked of a run once its id is known.
+RUN_LINKS = links(
+    "run_id",
+    "getRun",
+    "changeRun",
+    "cancelRun",
+    "rerunRun",
+    "getResult",
+    "streamEvents",
+    "getPlan",
+    "exportPlan",
+)
+
+
 def run_body(schema: str = "RunRequest") -> dict[str, Any]:
     """The `openapi_extra` of a route that takes this body."""
     example: dict[str, Any] = {"label": "nightly", "notes": "after the price change"}
@@ -192,11 +214,25 @@ def run_body(schema: str = "RunRequest") -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
-def example_events() -> str:
-    """The start and the end of a stream."""
-    return (
-        'id: 2\nevent: status\ndata: {"status":"running","attempt":1,"resumed":false}\n\n'
-        'id: 3\nevent: progress\ndata: {"phase":"simulating","space_size":96,"considered":40,"rejected":8,'
-        '"bounded":20,"simulated":12,"front":3,"elapsed_s":0.6}\n\n'
-        'id: 4\nevent: end\ndata: {"status":"done"}\n\n'
-    )
+def events_content() -> dict[str, Any]:
+    """What a stream holds: the schema is that of one event."""
+    text = {"type": "string"}
+    kinds = ["status", "progress", "incumbents", "annotated", "end"]
+    properties = {
+        "id": {**text, "pattern": "^[0-9]+$"},
+        "event": {**text, "enum": kinds},
+        "data": {**text, "contentMediaType": "application/json"},
+    }
+    return {
+        "schema": {"type": "object", "required": list(properties), "properties": properties},
+        "example": _EVENTS,
+    }
+
+
+#: The start and the end of a stream.
+_EVENTS = (
+    'id: 2\nevent: status\ndata: {"status":"running","attempt":1,"resumed":false}\n\n'
+    'id: 3\nevent: progress\ndata: {"phase":"simulating","space_size":96,"considered":40,"rejected":8,'
+    '"bounded":20,"simulated":12,"front":3,"elapsed_s":0.6}\n\n'
+    'id: 4\nevent: end\ndata: {"status":"done"}\n\n'
+)

@@ -18,12 +18,13 @@ from api.keys import Principal
 from api.lifecycle import ENDS, Status
 from api.routes.body import json_body
 from api.run_schemas import (
+    RUN_LINKS,
     CompareAnswer,
     ExportAnswer,
     PlanAnswer,
     RunAnswer,
     RunPage,
-    example_events,
+    events_content,
     run_body,
     run_problems,
 )
@@ -75,8 +76,12 @@ Prefer = Annotated[
     status_code=202,
     openapi_extra=run_body(),
     responses={
-        200: {"model": RunAnswer, "description": "The run, which has ended"},
-        202: {"model": RunAnswer, "description": "The run, which waits or runs; `Location` leads to it"},
+        200: {"model": RunAnswer, "description": "The run, which has ended", "links": RUN_LINKS},
+        202: {
+            "model": RunAnswer,
+            "description": "The run, which waits or runs; `Location` leads to it",
+            "links": RUN_LINKS,
+        },
         **run_problems(400, 401, 403, 413, 415, 422, 429, 503),
     },
 )
@@ -227,7 +232,10 @@ async def cancel_run(run_id: RunId, runs: Work, who: Who) -> Response:
     description="When the new run has ended, its `reproduction` says whether the answer is bit for bit that "
     "of the first, or which version differs.",
     status_code=202,
-    responses={202: {"model": RunAnswer}, **run_problems(401, 403, 404, 422, 429, 503)},
+    responses={
+        202: {"model": RunAnswer, "links": RUN_LINKS},
+        **run_problems(401, 403, 404, 422, 429, 503),
+    },
 )
 async def rerun(run_id: RunId, runs: Work, who: Who) -> Response:
     """POST /api/v1/runs/{id}/rerun."""
@@ -270,7 +278,7 @@ async def get_result(
     response_class=StreamingResponse,
     responses={
         200: {
-            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": example_events()}},
+            "content": {"text/event-stream": events_content()},
             "description": "The events",
         },
         **run_problems(401, 403, 404, 422, 429, 503),

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse
 
 from api.errors import ApiError, unprocessable
 from api.routes.runs import Who, Work
-from api.run_schemas import UploadAnswer, UploadPage, run_problems
+from api.run_schemas import UploadAnswer, UploadPage, links, run_problems
 from api.runs import Runs, instant
 from api.store import UploadRecord, decode_cursor, encode_cursor, is_id, new_id
 from hardware import InputError
@@ -59,7 +59,10 @@ _EXAMPLE = '{"arrival_s": 0.0, "input_tokens": 512, "output_tokens": 64}\n'
             },
         }
     },
-    responses={201: {"model": UploadAnswer}, **run_problems(400, 401, 403, 413, 415, 422, 429, 503)},
+    responses={
+        201: {"model": UploadAnswer, "links": links("upload_id", "getUpload", "deleteUpload")},
+        **run_problems(400, 401, 403, 413, 415, 422, 429, 503),
+    },
 )
 async def create_upload(
     request: Request,
