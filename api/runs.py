@@ -124,13 +124,7 @@ class Runs:
         self, new: NewRun, idempotency_key: str | None, body_sha256: str
     ) -> tuple[dict[str, Any], bool]:
         try:
-            run_id, fresh = await self.write(
-                self.store.submit,
-                new,
-                idempotency_key=idempotency_key,
-                body_sha256=body_sha256,
-                most_waiting=self.settings.max_queued_per_key,
-            )
+            return await self.write(self._submit_now, new, idempotency_key, body_sha256)
         except IdempotencyConflict:
             raise ApiError(
                 422,
@@ -144,7 +138,19 @@ class Runs:
                 kind="quota",
                 headers={"Retry-After": "10"},
             ) from None
-        return await self.get(run_id), fresh
+
+    def _submit_now(
+        self, new: NewRun, idempotency_key: str | None, body_sha256: str
+    ) -> tuple[dict[str, Any], bool]:
+        run_id, fresh = self.store.submit(
+            new,
+            idempotency_key=idempotency_key,
+            body_sha256=body_sha256,
+            most_waiting=self.settings.max_queued_per_key,
+        )
+        run = self.store.run(run_id)
+        assert run is not None  # nothing deletes a run that has not ended
+        return run, fresh
 
     async def _new_run(self, body: dict[str, Any], principal: Principal, options: RunOptions) -> NewRun:
         try:

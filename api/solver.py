@@ -66,7 +66,7 @@ def main(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if hasattr(os, "nice"):
-        os.nice(5)  # who asks for a page or a run's state goes before a search
+        os.nice(10)  # who asks for a page or a run's state goes before a search
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
     cancelled: set[str] = set()
 

@@ -185,7 +185,8 @@ def judge(
         results = connection.scalar(text("SELECT count(*) FROM result"))
         end_events = connection.scalar(text("SELECT count(*) FROM event WHERE kind = 'end'"))
         resumed = connection.scalar(
-            text("SELECT count(*) FROM event WHERE kind = 'status' AND data LIKE '%\"resumed\":true%'")
+            text("SELECT count(*) FROM event WHERE kind = 'status' AND data LIKE :told"),
+            {"told": '%"resumed":true%'},
         )
         checkpoints = connection.scalar(text("SELECT count(*) FROM checkpoint"))
     answered = [run for run in stored if run["status"] in ("done", "infeasible")]

@@ -38,7 +38,8 @@ router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
 _JSON = "application/json"
 
 
-def runs_of(request: Request) -> Runs:
+# Asynchronous though they wait for nothing: others are sent through a thread each time.
+async def runs_of(request: Request) -> Runs:
     """The runs of this application. Raises ApiError 503 for one that keeps none."""
     found: Runs | None = request.app.state.runs
     if found is None:
@@ -46,7 +47,7 @@ def runs_of(request: Request) -> Runs:
     return found
 
 
-def principal_of(request: Request) -> Principal:
+async def principal_of(request: Request) -> Principal:
     """Who asks, as the gate found."""
     found: Principal = request.state.principal
     return found
