@@ -27,7 +27,7 @@ DELIVERY: Table = tables.Delivery.__table__  # type: ignore[attr-defined]
 #: The channel on which PostgreSQL tells waiting workers of a new run; a hint only, polling finds it too.
 CHANNEL = "planfront_runs"
 #: Pauses after a worker was lost with a run, in s: the next may be lost for the same reason.
-_CRASH_PAUSE_S = (0.0, 1.0, 5.0, 15.0, 30.0)
+_CRASH_PAUSE_S = (0.0, 0.5, 2.0, 5.0, 15.0)
 #: Pauses between attempts of a webhook, in s, then it is given up: about a day in all.
 WEBHOOK_PAUSE_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 21600.0, 50400.0)
 #: Upper bounds of the run time's histogram, in s.
