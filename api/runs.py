@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from api.checks import admit_run, find_problems
+from api.desk import Desk
 from api.errors import ApiError, problems_of, unprocessable
 from api.keys import Principal
 from api.lifecycle import ENDS, Status
@@ -75,6 +76,8 @@ class Runs:
         self._writers = ThreadPoolExecutor(
             1 if store.database.is_sqlite else 4, thread_name_prefix="store-write"
         )
+        # Reading a request in full may mean drawing its whole workload.
+        self._checks = Desk("checks", threads=1, waiting=256, retry_after_s=1)
         self.watcher = Watcher(self)
         self.closing = asyncio.Event()
         self.streams = 0
@@ -99,6 +102,7 @@ class Runs:
     def close(self) -> None:
         """The same, then end the threads. The store stays open: it is its maker's."""
         self.begin_close()
+        self._checks.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._writers.shutdown(wait=True)
 
@@ -158,12 +162,12 @@ class Runs:
             facts = _facts(request.model, tuple(pool.device or "" for pool in request.cluster.pools))
             known = _sound(json.dumps([body.get(part) for part in _MEANT], sort_keys=True))
             if not known[0]:
-                problems = await asyncio.to_thread(find_problems, body, self.settings, uploads=True)
+                problems = await self._problems(body)
                 if problems:
                     raise unprocessable(problems)
                 known[0] = True
         except InputError as error:
-            problems = await asyncio.to_thread(find_problems, body, self.settings, uploads=True)
+            problems = await self._problems(body)
             raise unprocessable(problems or problems_of(error)) from None
         await self._check_upload(request)
         text = json.dumps(request.to_dict(), ensure_ascii=False, separators=(",", ":"))
@@ -181,6 +185,9 @@ class Runs:
             webhook_url=options.webhook.url if options.webhook else None,
             webhook_secret=options.webhook.secret if options.webhook else None,
         )
+
+    async def _problems(self, body: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return await self._checks.run(lambda: find_problems(body, self.settings, uploads=True))
 
     async def _check_upload(self, request: Any) -> None:
         trace = request.workload.trace

@@ -90,9 +90,12 @@ class Health(BaseModel):
 
 _WORDS = {
     400: "The body is not JSON",
+    401: "An API key is needed",
+    403: "The key's role may not do this",
     413: "The body is too large",
     415: "The body is not `application/json`",
     422: "The request cannot be used; `errors` names every field",
+    429: "Too many requests; `Retry-After` says when to come back",
     503: "Too much work is waiting; `Retry-After` says when to come back",
 }
 
@@ -133,6 +136,12 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name, schema in definitions["$defs"].items():
         schemas.setdefault(name, schema)
+    for path, operations in document["paths"].items():
+        if path not in ("/healthz", "/readyz"):
+            for operation in operations.values():
+                # Before any route is looked for: who asks, whether they may, how often.
+                for status, response in problems(401, 403, 429).items():
+                    operation["responses"].setdefault(str(status), response)
     document["components"]["securitySchemes"] = {
         "key": {
             "type": "http",

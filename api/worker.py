@@ -88,6 +88,7 @@ class Worker:
                 pause_s = POLL_S
             except Exception:
                 _LOG.exception("worker met a fault; it goes on")
+                self._end_process()  # whatever it searches, nobody listens to it any more
                 self.stop.wait(pause_s)
                 pause_s = min(2 * pause_s, 10.0)
         self._end_process()

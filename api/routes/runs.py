@@ -83,7 +83,7 @@ Prefer = Annotated[
             "description": "The run, which waits or runs; `Location` leads to it",
             "links": RUN_LINKS,
         },
-        **run_problems(400, 401, 403, 413, 415, 422, 429, 503),
+        **run_problems(400, 413, 415, 422, 429, 503),
     },
 )
 async def create_run(
@@ -113,7 +113,7 @@ async def create_run(
     summary="Stored runs, newest first",
     responses={
         200: {"model": RunPage, "description": "A page; `next_cursor` (and `Link`) lead to the next"},
-        **run_problems(401, 403, 422, 429, 503),
+        **run_problems(422, 503),
     },
 )
 async def list_runs(
@@ -160,7 +160,7 @@ async def list_runs(
     summary="Two to eight runs side by side",
     description="What differs between the requests, and the recommended plan of each with its ratio to the "
     "first's.",
-    responses={200: {"model": CompareAnswer}, **run_problems(401, 403, 404, 409, 422, 429, 503)},
+    responses={200: {"model": CompareAnswer}, **run_problems(404, 409, 422, 503)},
 )
 async def compare_runs(
     runs: Work, ids: Annotated[str, Query(description="ids with commas between", max_length=1000)]
@@ -181,7 +181,7 @@ async def compare_runs(
     responses={
         200: {"model": RunAnswer},
         304: {"description": "Not Modified"},
-        **run_problems(401, 403, 404, 422, 429, 503),
+        **run_problems(404, 422, 503),
     },
 )
 async def get_run(
@@ -204,7 +204,7 @@ async def get_run(
     openapi_extra=run_body("RunChanges"),
     responses={
         200: {"model": RunAnswer},
-        **run_problems(400, 401, 403, 404, 412, 413, 415, 422, 429, 503),
+        **run_problems(400, 404, 412, 413, 415, 422, 503),
     },
 )
 async def change_run(run_id: RunId, body: Body, runs: Work, who: Who, if_match: IfMatch = "") -> Response:
@@ -219,7 +219,7 @@ async def change_run(run_id: RunId, body: Body, runs: Work, who: Who, if_match: 
     summary="Cancel a run",
     description="A waiting run is cancelled at once; a running one a moment later, and keeps what it has "
     "found. A run that has ended stays as it is.",
-    responses={200: {"model": RunAnswer}, **run_problems(401, 403, 404, 422, 429, 503)},
+    responses={200: {"model": RunAnswer}, **run_problems(404, 422, 503)},
 )
 async def cancel_run(run_id: RunId, runs: Work, who: Who) -> Response:
     """DELETE /api/v1/runs/{id}."""
@@ -235,7 +235,7 @@ async def cancel_run(run_id: RunId, runs: Work, who: Who) -> Response:
     status_code=202,
     responses={
         202: {"model": RunAnswer, "links": RUN_LINKS},
-        **run_problems(401, 403, 404, 422, 429, 503),
+        **run_problems(404, 422, 503),
     },
 )
 async def rerun(run_id: RunId, runs: Work, who: Who) -> Response:
@@ -253,7 +253,7 @@ async def rerun(run_id: RunId, runs: Work, who: Who) -> Response:
     responses={
         200: {"model": PlanningResult},
         304: {"description": "Not Modified"},
-        **run_problems(401, 403, 404, 409, 422, 429, 503),
+        **run_problems(404, 409, 422, 503),
     },
 )
 async def get_result(
@@ -282,7 +282,7 @@ async def get_result(
             "content": {"text/event-stream": events_content()},
             "description": "The events",
         },
-        **run_problems(401, 403, 404, 422, 429, 503),
+        **run_problems(404, 422, 503),
     },
 )
 async def stream_events(
@@ -308,7 +308,7 @@ async def stream_events(
     "/{run_id}/plans/{plan_id}",
     operation_id="getPlan",
     summary="One plan of a run's answer",
-    responses={200: {"model": PlanAnswer}, **run_problems(401, 403, 404, 409, 422, 429, 503)},
+    responses={200: {"model": PlanAnswer}, **run_problems(404, 409, 422, 503)},
 )
 async def get_plan(run_id: RunId, plan_id: PlanId, runs: Work) -> Response:
     """GET /api/v1/runs/{id}/plans/{plan_id}."""
@@ -327,7 +327,7 @@ async def get_plan(run_id: RunId, plan_id: PlanId, runs: Work) -> Response:
             "content": {"text/plain": {"schema": {"type": "string"}}},
             "description": "What an engine or a cluster takes, each option with the plan's field behind it",
         },
-        **run_problems(401, 403, 404, 409, 422, 429, 503),
+        **run_problems(404, 409, 422, 503),
     },
 )
 async def export_plan(

@@ -61,7 +61,7 @@ _EXAMPLE = '{"arrival_s": 0.0, "input_tokens": 512, "output_tokens": 64}\n'
     },
     responses={
         201: {"model": UploadAnswer, "links": links("upload_id", "getUpload", "deleteUpload")},
-        **run_problems(400, 401, 403, 413, 415, 422, 429, 503),
+        **run_problems(400, 413, 415, 422, 503),
     },
 )
 async def create_upload(
@@ -109,7 +109,7 @@ async def create_upload(
     "",
     operation_id="listUploads",
     summary="Uploaded traces, newest first",
-    responses={200: {"model": UploadPage}, **run_problems(401, 403, 422, 429, 503)},
+    responses={200: {"model": UploadPage}, **run_problems(422, 503)},
 )
 async def list_uploads(
     runs: Work,
@@ -131,7 +131,7 @@ async def list_uploads(
     "/{upload_id}",
     operation_id="getUpload",
     summary="An uploaded trace",
-    responses={200: {"model": UploadAnswer}, **run_problems(401, 403, 404, 422, 429, 503)},
+    responses={200: {"model": UploadAnswer}, **run_problems(404, 422, 503)},
 )
 async def get_upload(upload_id: UploadId, runs: Work) -> Response:
     """GET /api/v1/uploads/{id}."""
@@ -144,7 +144,7 @@ async def get_upload(upload_id: UploadId, runs: Work) -> Response:
     summary="Delete an uploaded trace",
     description="Runs that were planned with it keep their answers.",
     status_code=204,
-    responses={204: {"description": "Deleted"}, **run_problems(401, 403, 404, 422, 429, 503)},
+    responses={204: {"description": "Deleted"}, **run_problems(404, 422, 503)},
 )
 async def delete_upload(upload_id: UploadId, runs: Work, who: Who) -> Response:
     """DELETE /api/v1/uploads/{id}."""
