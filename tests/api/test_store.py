@@ -164,3 +164,18 @@ def test_ids_sort_in_order_of_time() -> None:
     first = new_id()
     time.sleep(0.002)
     assert first < new_id()
+
+
+def test_the_database_has_one_door() -> None:
+    import ast
+
+    api = Path(__file__).resolve().parent.parent.parent / "api"
+    for path in api.rglob("*.py"):
+        if path.is_relative_to(api / "store"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] not in ("sqlalchemy", "sqlmodel", "alembic", "psycopg"), path
