@@ -186,8 +186,12 @@ class Runs:
             webhook_secret=options.webhook.secret if options.webhook else None,
         )
 
+    async def examine(self, work: Callable[[], _T]) -> _T:
+        """Look at something that was sent, one thing at a time. Raises ApiError 503 when too much waits."""
+        return await self._checks.run(work)
+
     async def _problems(self, body: Mapping[str, Any]) -> list[tuple[str, str]]:
-        return await self._checks.run(lambda: find_problems(body, self.settings, uploads=True))
+        return await self.examine(lambda: find_problems(body, self.settings, uploads=True))
 
     async def _check_upload(self, request: Any) -> None:
         trace = request.workload.trace

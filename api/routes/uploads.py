@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -89,7 +88,7 @@ async def create_upload(
         file = File(folder) / "trace"
         size, sha256 = await _receive(request, file, runs.settings.max_upload_bytes)
         upload_id = new_id()
-        facts = await asyncio.to_thread(_read, file, on_bad_row)
+        facts = await runs.examine(lambda: _read(file, on_bad_row))
         record = UploadRecord(
             id=upload_id,
             owner=who.id,
