@@ -27,6 +27,14 @@ _HIDDEN = ("worker_id", "lease_until", "webhook_secret", "turn", "available_at",
 _DETAIL = tuple(column for column in RUN.c if column.name not in _HIDDEN)
 _ROW = tuple(column for column in _DETAIL if column.name not in ("request", "versions"))
 
+_QUEUED = RUN.c.status == Status.QUEUED
+_OWN = _QUEUED & (RUN.c.owner == bindparam("owner"))
+#: Of an owner: runs that wait, the turn of the last of them, and the turn that is served now.
+_PLACE = select(
+    select(func.count()).select_from(RUN).where(_OWN).scalar_subquery().label("waiting"),
+    select(func.max(RUN.c.turn)).where(_OWN).scalar_subquery().label("last"),
+    select(func.min(RUN.c.turn)).where(_QUEUED).scalar_subquery().label("head"),
+)
 #: Built once: the most frequent query of all.
 _ONE = select(*_DETAIL).where(RUN.c.id == bindparam("run_id"))
 
@@ -75,21 +83,17 @@ class Store(Queue, Keys, Uploads, Operations):
                 known = self._claim_key(connection, run.owner, idempotency_key, body_sha256, run_id, now)
                 if known is not None:
                     return known, False
-            if most_waiting is not None:
-                waiting = connection.scalar(
-                    select(func.count())
-                    .select_from(RUN)
-                    .where(RUN.c.owner == run.owner, RUN.c.status == Status.QUEUED)
-                )
-                if (waiting or 0) >= most_waiting:
-                    raise QuotaReached
+            place = connection.execute(_PLACE, {"owner": run.owner}).one()
+            if most_waiting is not None and place.waiting >= most_waiting:
+                raise QuotaReached
             connection.execute(
                 insert(RUN).values(
                     id=run_id,
                     owner=run.owner,
                     status=Status.QUEUED,
                     version=1,
-                    turn=self._turn(connection, run.owner),
+                    # An owner's runs take one turn each, from the turn that is served now on.
+                    turn=(place.head or 0) if place.last is None else place.last + 1,
                     label=run.label,
                     notes=run.notes,
                     model=run.model,
@@ -132,14 +136,6 @@ class Store(Queue, Keys, Uploads, Operations):
         if found.body_sha256 != body_sha256:
             raise IdempotencyConflict
         return str(found.run_id)
-
-    def _turn(self, connection: Connection, owner: str) -> int:
-        """Fair queueing: an owner's runs take one turn each, beginning at the turn that is served now."""
-        queued = RUN.c.status == Status.QUEUED
-        own = connection.scalar(select(func.max(RUN.c.turn)).where(RUN.c.owner == owner, queued))
-        if own is not None:
-            return int(own) + 1
-        return int(connection.scalar(select(func.min(RUN.c.turn)).where(queued)) or 0)
 
     # --- reading ----------------------------------------------------------------------------------
 
