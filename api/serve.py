@@ -204,7 +204,9 @@ def work(*, database_url: str | None, supervised: bool, log_format: str) -> None
     if supervised:
 
         def watch() -> None:
-            sys.stdin.buffer.read()
+            # Not through sys.stdin: its lock, held here, would break the interpreter's end.
+            while os.read(0, 4096):
+                pass
             stop.set()
 
         threading.Thread(target=watch, name="supervisor", daemon=True).start()
