@@ -10,13 +10,17 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from api import errors, schemas
+from api.gate import Gate
+from api.metrics import Metrics
 from api.middleware import BodyLimit, Outermost
 from api.routes import ROUTERS
+from api.runs import Runs
 from api.service import Service
 from api.settings import Settings
 from planner.pipeline import version
 
 if TYPE_CHECKING:
+    from api.store import Store
     from planner import Planner
 
 _DESCRIPTION = """\
@@ -29,17 +33,30 @@ is an RFC 9457 problem that names the fields. Units stand in the names: `_s` sec
 """
 
 
-def create_api(planner: Planner | None = None, settings: Settings | None = None) -> FastAPI:
+def create_api(
+    planner: Planner | None = None,
+    settings: Settings | None = None,
+    *,
+    store: Store | None = None,
+    keys_needed: bool = False,
+    hosts: frozenset[str] | None = None,
+) -> FastAPI:
     """The application. `planner`: one to use instead of own ones (it must not read paths).
 
-    Raises InputError when the environment holds a setting that cannot be used.
+    `store`: where runs, uploads and API keys are kept; without one there are none, and everybody may use
+    what computes at once. `keys_needed`: refuse who has no key even while there is none; else keys are
+    needed once one has been made. `hosts`: names that a request's Host may have (None: any). Raises
+    InputError when the environment holds a setting that cannot be used.
     """
     settings = settings or Settings.from_env()
     service = Service(planner, settings)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.runs = None if store is None else Runs(store, settings)
         yield
+        if app.state.runs is not None:
+            app.state.runs.close()
         service.close()
 
     app = FastAPI(
@@ -56,8 +73,14 @@ def create_api(planner: Planner | None = None, settings: Settings | None = None)
     )
     app.state.settings = settings
     app.state.service = service
+    app.state.store = store
+    app.state.runs = None
+    app.state.metrics = Metrics(store)
     errors.install(app)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit, limit=settings.max_body_bytes, limits={"/api/v1/uploads": settings.max_upload_bytes}
+    )
+    app.add_middleware(Gate, store=store, settings=settings, keys_needed=keys_needed, hosts=hosts)
     app.add_middleware(Outermost)  # added last: outermost
     for router in ROUTERS:
         app.include_router(router)

@@ -28,6 +28,8 @@ NOWHERE = Path(os.devnull)
 
 #: A catalog name or `organisation/name`; anything else could be a path, and is never looked at.
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.\-+ ]*(/[A-Za-z0-9][\w.\-+ ]*)?")
+#: An uploaded trace, by its id.
+_UPLOAD = re.compile(r"upload:[0-9a-f]{28}")
 _NO_FILES = "files are read on the command line only"
 
 #: Valid parts, to look at the rest of a request whose own part cannot be read.
@@ -49,7 +51,23 @@ def admit(data: Any, settings: Settings) -> PlanningRequest:
     return request.model_copy(update={"search": request.search.model_copy(update={"budget_s": budget_s})})
 
 
-def _limits(request: PlanningRequest, settings: Settings) -> list[InputError]:
+def admit_run(data: Any, settings: Settings) -> PlanningRequest:
+    """As `admit`, for a run that is stored: more time, and traces that were uploaded."""
+    request = parse_request(data)
+    for problem in _limits(request, settings, uploads=True):
+        raise problem
+    budget_s = min(request.search.budget_s, settings.max_run_budget_s)
+    changes: dict[str, Any] = {"search": request.search.model_copy(update={"budget_s": budget_s})}
+    trace = request.workload.trace
+    if trace is not None:
+        limit = min(trace.limit or settings.max_workload_requests, settings.max_workload_requests)
+        changes["workload"] = request.workload.model_copy(
+            update={"trace": trace.model_copy(update={"limit": limit})}
+        )
+    return request.model_copy(update=changes)
+
+
+def _limits(request: PlanningRequest, settings: Settings, *, uploads: bool = False) -> list[InputError]:
     found = []
     if not _MODEL_NAME.fullmatch(request.model):
         found.append(InputError("model", f"must be a model of the catalog; {_NO_FILES}"))
@@ -64,8 +82,10 @@ def _limits(request: PlanningRequest, settings: Settings) -> list[InputError]:
                 "cluster", f"at most {settings.max_devices} devices are planned for here, not {devices}"
             )
         )
-    if request.workload.trace is not None:
-        found.append(InputError("workload.trace.path", _NO_FILES))
+    trace = request.workload.trace
+    if trace is not None and not (uploads and _UPLOAD.fullmatch(trace.path)):
+        hint = "send it to /api/v1/uploads and name it as `upload:ID` in a run"
+        found.append(InputError("workload.trace.path", _NO_FILES, hint))
     synthetic = request.workload.synthetic
     if synthetic is not None and (synthetic.requests or 0) > settings.max_workload_requests:
         found.append(
@@ -122,10 +142,11 @@ def _mean_tokens(lengths: Mapping[str, Any] | None) -> float:
     return float(lengths.get("value") or min(mean, lengths.get("max", mean)))
 
 
-def find_problems(data: Any, settings: Settings) -> Problems:
+def find_problems(data: Any, settings: Settings, *, uploads: bool = False) -> Problems:
     """(path, sentence) of everything that is wrong with a request, and with its `plan` if it has one.
 
-    Empty when `admit` would let the request pass and all that it names exists. Sections are judged
+    Empty when `admit` (or, with `uploads`, `admit_run`) would let the request pass and all that it names
+    exists. Sections are judged
     one by one; a section of the wrong form is reported for its form alone.
     """
     if not isinstance(data, Mapping):
@@ -142,13 +163,17 @@ def find_problems(data: Any, settings: Settings) -> Problems:
         key: value for key, value in body.items() if key in PlanningRequest.model_fields and key not in broken
     }
     request = parse_request(_STAND_IN | sound)
-    limits = [pair for error in _limits(request, settings) for pair in problems_of(error)]
+    limits = [pair for error in _limits(request, settings, uploads=uploads) for pair in problems_of(error)]
     limited = {re.split(r"[.\[]", path)[0] for path, _ in limits}
     checks: dict[str, Callable[[], Problems]] = {
         "model": lambda: _collect(lambda: load_model(request.model, allow_paths=False, base_dir=NOWHERE)),
         "engine": lambda: _collect(lambda: load_profile(request.engine.name, request.engine.version)),
         "cluster": lambda: _cluster_problems(request),
-        "workload": lambda: _collect(lambda: load_workload(request.workload.model_dump(exclude_none=True))),
+        "workload": lambda: (
+            _collect(lambda: load_workload(request.workload.model_dump(exclude_none=True)))
+            if request.workload.trace is None
+            else []  # an upload was read when it came
+        ),
         "prices": lambda: [
             pair
             for name in request.prices

@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
+SERVICE = ("serve", "worker", "db", "keys", "runs", "rerun", "backup", "prune")
 COMMANDS = (
-    "plan",
-    "evaluate",
-    "batch",
-    "fleet",
-    "sweep",
-    "export",
-    "catalog",
-    "schema",
-    "train",
-    "profile",
-    "validate",
+    *("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog"),
+    *("schema", "train", "profile", "validate"),
 )
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
@@ -36,7 +28,9 @@ class _Parser(argparse.ArgumentParser):
             import difflib
 
             given = message.split("'")[1]
-            close = difflib.get_close_matches(given, (*COMMANDS, *CATALOGS, *METHODS), n=1, cutoff=0.4)
+            close = difflib.get_close_matches(
+                given, (*COMMANDS, *SERVICE, *CATALOGS, *METHODS), n=1, cutoff=0.4
+            )
             if close:
                 message = f"unknown '{given}'; did you mean '{close[0]}'?"
         self.exit(BAD_INPUT, f"planfront: error: {message}\nTry '{self.prog} --help'.\n")
@@ -211,6 +205,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: planfront schema request > request.schema.json",
     )
     schema.add_argument("what", choices=("request", "plan", "result"))
+    from api import cli_service
+
+    cli_service.add_commands(commands)
     return parser
 
 
@@ -222,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     from hardware.errors import InputError
 
-    run = {
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
         "plan": _plan,
         "evaluate": _evaluate,
         "batch": _batch,
@@ -230,13 +227,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sweep": _sweep,
         "export": _export,
         "catalog": _catalog,
-        "schema": _schema,
-        "train": _train,
-        "profile": _profile,
-        "validate": _validate,
-    }[given.command]
+        "train": _measure,
+        "profile": _measure,
+        "validate": _measure,
+    }
     try:
-        code = run(given)
+        code = run.get(given.command, _service)(given)
         sys.stdout.flush()
         return code
     except InputError as error:
@@ -338,11 +334,17 @@ def _plan(given: argparse.Namespace) -> int:
     _check_target(given.html)
     workers = _workers(given.workers)
     from api.terminal import ProgressLine, show_result
-    from planner.pipeline import Planner
 
-    with ProgressLine(enabled=not given.quiet) as progress:
-        result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
-    plain = result.model_dump(mode="json")
+    if given.server:
+        from api.cli_service import plan_there
+
+        plain = plan_there(given.server, data, base, quiet=given.quiet)
+    else:
+        from planner.pipeline import Planner
+
+        with ProgressLine(enabled=not given.quiet) as progress:
+            result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
+        plain = result.model_dump(mode="json")
     if given.json:
         import json
 
@@ -363,6 +365,10 @@ def _evaluate(given: argparse.Namespace) -> int:
 
     _check_target(given.json)
     path = Path(given.file)
+    if given.server:
+        from api.cli_service import evaluate_there
+
+        return evaluate_there(given.server, path, given.json, _write)
     if path.suffix.lower() == ".jsonl":
         open_file(path).close()
         target = None
@@ -479,7 +485,12 @@ def _export(given: argparse.Namespace) -> int:
     from hardware.errors import InputError
     from planner.exports import export_result
 
-    data, _ = read_document(given.result)
+    if given.server:
+        from api.cli_service import result_there
+
+        data = result_there(given.server, given.result)
+    else:
+        data, _ = read_document(given.result)
     if not isinstance(data, dict) or not isinstance(data.get("plans"), list) or "request" not in data:
         raise InputError(given.result, "is no result of `planfront plan --json`")
     artifact = export_result(data, given.plan, given.target)
@@ -500,7 +511,11 @@ def _export(given: argparse.Namespace) -> int:
 
 def _catalog(given: argparse.Namespace) -> int:
     rows: list[dict[str, Any]]
-    if given.what == "devices":
+    if given.server:
+        from api.cli_service import catalog_there
+
+        rows = catalog_there(given.server, given.what)
+    elif given.what == "devices":
         from hardware import catalog_rows
 
         rows = catalog_rows()
@@ -531,64 +546,22 @@ def _catalog(given: argparse.Namespace) -> int:
     return DONE
 
 
-def _profile(given: argparse.Namespace) -> int:
-    from costmodels.profile import Torch, profile
+def _measure(given: argparse.Namespace) -> int:
+    from api import cli_measure
 
-    counts = profile(
-        Path(given.out),
-        Torch(),
-        engine=given.engine,
-        device=given.device,
-        quick=given.quick,
-        budget_s=given.budget,
-        progress=_note(given),
-    )
-    print(", ".join(f"{count} rows of {family}" for family, count in counts.items()), f"in {given.out}")
-    return DONE
+    found: int = getattr(cli_measure, given.command)(given)
+    return found
 
 
-def _train(given: argparse.Namespace) -> int:
-    from hardware.errors import InputError
+def _service(given: argparse.Namespace) -> int:
+    from api import cli_service
 
-    out = Path(given.out)
-    if out.exists() and not out.is_dir():
-        raise InputError("--out", f"{given.out} is a file; name a folder")
-    workers = _workers(given.workers)
-    try:
-        import pandas  # noqa: F401
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "train", "reading measurements needs pandas and pyarrow", "pip install 'planfront[train]'"
-        ) from None
-    from costmodels.learned.train import train
+    if given.command == "serve":
+        from web.app import create_app
 
-    data = Path(given.data) if given.data else None
-    power = Path(given.power) if given.power else None
-    cards = train(
-        data, out, only=given.only, seed=given.seed, workers=workers, power_dir=power, progress=print
-    )
-    size_mb = sum(card.size_bytes for card in cards) / 1e6
-    print(f"{len(cards)} predictors, {size_mb:.1f} MB, written to {out}")
-    return DONE
-
-
-def _validate(given: argparse.Namespace) -> int:
-    from api.validate import run
-
-    _check_target(given.json)
-    return run(given, _write)
-
-
-def _schema(given: argparse.Namespace) -> int:
-    import json
-
-    from planner.request import Plan, PlanningRequest
-    from planner.result import PlanningResult
-
-    models: dict[str, Any] = {"request": PlanningRequest, "plan": Plan, "result": PlanningResult}
-    print(json.dumps(models[given.what].model_json_schema(), indent=1))
-    return DONE
+        return cli_service.serve(given, create_app)
+    found: int = getattr(cli_service, given.command)(given)
+    return found
 
 
 if __name__ == "__main__":

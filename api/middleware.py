@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
+import secrets
+import time
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, fault
+from api.observe import request_id_of_log
 
 _LOG = logging.getLogger("planfront.api")
+_ACCESS = logging.getLogger("planfront.access")
+_SENSIBLE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 #: Pages load their own style sheet and nothing else: no scripts of others, no inline code, no frames.
 CONTENT_SECURITY_POLICY = (
@@ -39,16 +46,21 @@ class Outermost:
             await self.app(scope, receive, send)
             return
         started = False
+        status = 500
+        began = time.perf_counter()
+        request_id = _request_id(scope)
+        token = request_id_of_log.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
+            nonlocal started, status
             if message["type"] == "http.response.start":
-                started = True
+                started, status = True, message["status"]
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
                 # Answers depend on the request alone, but a plan is nobody else's business.
                 headers.setdefault("Cache-Control", "no-store")
+                headers["X-Request-Id"] = request_id
             await send(message)
 
         try:
@@ -60,22 +72,44 @@ class Outermost:
                 raise
             response = scope["app"].state.respond(Request(scope), fault())
             await response(scope, receive, send_with_headers)
+        finally:
+            seconds = time.perf_counter() - began
+            scope["app"].state.metrics.seen(scope, status, seconds)
+            principal = scope.get("state", {}).get("principal")
+            _ACCESS.info(
+                "%s %s %s",
+                scope["method"],
+                scope["path"],
+                status,
+                extra={"seconds": round(seconds, 4), "key": principal.id if principal else ""},
+            )
+            request_id_of_log.reset(token)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own, if it is a sensible one: its log and ours can then be read together."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _SENSIBLE.fullmatch(given) else secrets.token_hex(8)
 
 
 class BodyLimit:
-    """413 for a body over `limit` bytes, whether its length is declared or not."""
+    """413 for a body over `limit` bytes, whether its length is declared or not.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    `limits`: other ones for single paths.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, limits: Mapping[str, int] | None = None) -> None:
+        self.app, self.limit, self.limits = app, limit, dict(limits or {})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        limit = self.limits.get(scope["path"], self.limit)
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isascii() and declared.isdigit() and int(declared[:20]) > self.limit:
-            await self._refuse(scope, receive, send)
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > limit:
+            await self._refuse(limit, scope, receive, send)
             return
         seen = 0
         started = False
@@ -85,7 +119,7 @@ class BodyLimit:
             message = await receive()
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
-                if seen > self.limit:
+                if seen > limit:
                     raise _TooLarge
             return message
 
@@ -99,13 +133,13 @@ class BodyLimit:
         except _TooLarge:
             if started:
                 raise
-            await self._refuse(scope, receive, send)
+            await self._refuse(limit, scope, receive, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
         # Part of the body is still unread, so the connection cannot be used again.
         error = ApiError(
             413,
-            f"A body holds at most {self.limit} bytes.",
+            f"A body holds at most {limit} bytes.",
             kind="body-too-large",
             headers={"Connection": "close"},
         )

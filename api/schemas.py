@@ -90,9 +90,12 @@ class Health(BaseModel):
 
 _WORDS = {
     400: "The body is not JSON",
+    401: "An API key is needed",
+    403: "The key's role may not do this",
     413: "The body is too large",
     415: "The body is not `application/json`",
     422: "The request cannot be used; `errors` names every field",
+    429: "Too many requests; `Retry-After` says when to come back",
     503: "Too much work is waiting; `Retry-After` says when to come back",
 }
 
@@ -120,13 +123,33 @@ def request_body(schema: str) -> dict[str, Any]:
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
     """The generated document with the schemas that `request_body` and `problems` point to."""
+    from api.run_schemas import RunRequest
+    from api.runs import RunChanges
+
+    bodies: tuple[type[BaseModel], ...] = (
+        PlanningRequest, EvaluateRequest, RunRequest, RunChanges, Problem
+    )  # fmt: skip
     _, definitions = models_json_schema(
-        [(model, "validation") for model in (PlanningRequest, EvaluateRequest, Problem)],
+        [(model, "validation") for model in bodies],
         ref_template="#/components/schemas/{model}",
     )
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name, schema in definitions["$defs"].items():
         schemas.setdefault(name, schema)
+    for path, operations in document["paths"].items():
+        if path not in ("/healthz", "/readyz"):
+            for operation in operations.values():
+                # Before any route is looked for: who asks, whether they may, how often.
+                for status, response in problems(401, 403, 429).items():
+                    operation["responses"].setdefault(str(status), response)
+    document["components"]["securitySchemes"] = {
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "`planfront keys create` makes one. Not needed where the service has none.",
+        }
+    }
+    document["security"] = [{}, {"key": []}]
     # The framework documents its own form of 422 wherever a header is read; it is never sent.
     for operations in document["paths"].values():
         for operation in operations.values():

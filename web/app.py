@@ -37,9 +37,14 @@ _FORM_TYPE = "application/x-www-form-urlencoded"
 router = APIRouter(include_in_schema=False)
 
 
-def create_app(planner: Planner | None = None, settings: Settings | None = None) -> FastAPI:
-    """The API and the pages. Raises InputError when the environment holds a setting that cannot be used."""
-    app = create_api(planner, settings)
+def create_app(
+    planner: Planner | None = None, settings: Settings | None = None, **deployment: Any
+) -> FastAPI:
+    """The API and the pages; `deployment` are the options of `create_api` (store, keys, hosts).
+
+    Raises InputError when the environment holds a setting that cannot be used.
+    """
+    app = create_api(planner, settings, **deployment)
     app.state.respond = respond
     app.include_router(router)
     return app

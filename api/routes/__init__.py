@@ -2,6 +2,12 @@
 
 from fastapi import APIRouter
 
-from api.routes import catalog, health, planning
+from api.routes import catalog, health, planning, runs, uploads
 
-ROUTERS: tuple[APIRouter, ...] = (planning.router, catalog.router, health.router)
+ROUTERS: tuple[APIRouter, ...] = (
+    planning.router,
+    runs.router,
+    uploads.router,
+    catalog.router,
+    health.router,
+)

@@ -14,7 +14,7 @@ from api.service import Service
 router = APIRouter(prefix="/api/v1/catalog", tags=["catalog"])
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 

@@ -23,7 +23,7 @@ router = APIRouter(prefix="/api/v1", tags=["planning"])
 _LOOK_S = 0.5
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 

@@ -1,0 +1,1 @@
+"""One file per revision; revisions are numbers, so that they compare."""

@@ -1,0 +1,229 @@
+"""`planfront serve` and its workers as processes: killed, stopped, asked from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from api.client import Client, ServiceError
+from api.store import Filters, Store, open_store
+from tests.api.conftest import ROOT, small_request
+
+ENVIRON = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+class Served:
+    """A running `planfront serve` with its address, and its store beside it."""
+
+    def __init__(self, folder: Path, *options: str, **environ: str) -> None:
+        self.folder = folder
+        self.environ = {
+            **os.environ,
+            **ENVIRON,
+            "PLANFRONT_DATA_DIR": str(folder),
+            "PLANFRONT_LEASE_S": "2",
+            **environ,
+        }
+        self.log = (folder / "log").open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--log-format", "json", *options],
+            stdout=subprocess.PIPE, stderr=self.log, env=self.environ,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode()
+        assert line.startswith("planfront serves "), (folder / "log").read_text()
+        self.url = line.split()[-1]
+        self.store: Store = open_store(
+            environ.get("PLANFRONT_DATABASE_URL") or f"sqlite:///{folder}/planfront.db"
+        )
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "api.cli", *arguments],
+            capture_output=True, text=True, timeout=60, env=self.environ, cwd=self.folder,
+        )  # fmt: skip
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(20)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        self.log.close()
+        self.store.close()
+        return code
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "log").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    found = Served(tmp_path_factory.mktemp("served"), "--workers", "1")
+    yield found
+    found.stop()
+
+
+def long_request() -> dict[str, Any]:
+    """Some seconds of search, in many small simulations."""
+    synthetic = {
+        "preset": "chat",
+        "requests": 30_000,
+        "arrivals": {"process": "poisson", "rate_rps": 20.0},
+    }
+    return small_request(
+        model="llama-3.1-8b",
+        workload={"synthetic": synthetic},
+        cluster={"pools": [{"device": "h100-sxm-80gb", "devices_per_node": 8}]},
+        space={},
+        search={"budget_s": 300, "method": "exhaustive"},
+    )
+
+
+def running(client: Client, run_id: str, simulated: int = 1) -> None:
+    """Wait until a search is under way."""
+    for _ in range(300):
+        run = client.run(run_id)
+        if run["status"] == "running" and (run["progress"] or {}).get("simulated", 0) >= simulated:
+            return
+        assert run["status"] in ("queued", "running", "interrupted"), run
+        time.sleep(0.1)
+    raise AssertionError("the search did not start")
+
+
+def test_a_run_from_end_to_end(served: Served) -> None:
+    with Client(served.url) as client:
+        run = client.submit(small_request(), label="e2e", wait_s=60)
+        assert run["status"] == "done"
+        assert client.result(run["id"])["status"] == "ok"
+        assert [event["event"] for event in client.events(run["id"])][-1] == "end"
+        assert "vllm serve" in str(client.export(run["id"], "vllm")["files"])
+        assert [row["id"] for row in client.runs(label="e2e")] == [run["id"]]
+        assert client.annotate(run["id"], notes="n")["notes"] == "n"
+        again = client.rerun(run["id"], 60)
+        assert again["reproduction"]["same"] is True
+        assert client.compare(run["id"], again["id"])["differences"] == []
+        with pytest.raises(ServiceError) as caught:
+            client.submit({"model": "x"})
+        assert caught.value.status == 422
+        assert ("cluster", "this field is required") in caught.value.problems
+
+
+def test_a_running_search_is_cancelled_and_keeps_what_it_found(served: Served) -> None:
+    with Client(served.url) as client:
+        run = client.submit(long_request())
+        running(client, run["id"])
+        client.cancel(run["id"])
+        run = client.wait(run["id"], 30)
+        assert run["status"] == "cancelled"
+        result = client.result(run["id"])
+        assert result["plans"]
+        assert result["search"]["certified"] is False
+
+
+def test_a_killed_workers_run_is_resumed_by_the_next(served: Served) -> None:
+    with Client(served.url) as client:
+        run = client.submit(long_request())
+        running(client, run["id"], simulated=5)
+        time.sleep(1.5)  # a checkpoint
+        for worker in served.store.workers():
+            try:
+                os.kill(worker["pid"], signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        seen: list[Any] = []
+        for event in client.events(run["id"]):
+            seen.append(event)
+            if event["event"] == "status" and event["data"].get("resumed"):
+                break
+        statuses = [event["data"]["status"] for event in seen if event["event"] == "status"]
+        assert statuses == ["queued", "running", "interrupted", "running"]
+        client.cancel(run["id"])
+        assert client.wait(run["id"], 30)["status"] == "cancelled"
+        assert client.run(run["id"])["attempt"] == 2
+
+
+def test_the_command_line_asks_the_server(served: Served) -> None:
+    (served.folder / "request.json").write_text(json.dumps(small_request()))
+    planned = served.command(
+        "plan", "request.json", "--server", served.url, "--json", "result.json", "--quiet"
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert json.loads((served.folder / "result.json").read_text())["status"] == "ok"
+    one = {**small_request(), "plan": {"worker": {}}}
+    (served.folder / "one.json").write_text(json.dumps(one))
+    judged = served.command("evaluate", "one.json", "--server", served.url, "--json", "-")
+    assert json.loads(judged.stdout)["status"] == "ok"
+    wrong = served.command("plan", "one.json", "--server", served.url)
+    assert wrong.returncode == 2
+    assert "plan" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    rows = json.loads(served.command("runs", "--json", "--limit", "2", "--server", served.url).stdout)
+    assert len(rows) == 2
+    assert rows == json.loads(served.command("runs", "--json", "--limit", "2").stdout)
+    done = next(run["id"] for run in served.store.runs(Filters(status=("done",))))
+    same = served.command("rerun", done)
+    assert same.returncode == 0, same.stdout + same.stderr
+    assert "bit for bit" in same.stdout
+    gone = served.command("runs", "0" * 28, "--server", served.url)
+    assert (gone.returncode, gone.stderr) == (2, "planfront: error: There is no run of this id.\n")
+
+
+def test_a_term_signal_gives_back_what_runs_and_ends_streams(tmp_path: Path) -> None:
+    served = Served(tmp_path, "--workers", "1")
+    with Client(served.url, patience_s=0) as client:
+        run_id = client.submit(long_request())["id"]
+        running(client, run_id)
+        stream = client._stream(run_id, 0)
+        next(stream)
+        began = time.monotonic()
+        store = open_store(f"sqlite:///{tmp_path}/planfront.db")
+        assert served.stop() == 0
+        assert time.monotonic() - began < 10
+        list(stream)
+    run = store.run(run_id)
+    assert run is not None
+    assert (run["status"], run["crashes"]) == ("interrupted", 0)
+    assert store.workers() == []
+    store.close()
+    lines = served.lines()
+    taken = next(line for line in lines if line["message"] == "run taken")
+    assert taken["run_id"] == run_id
+    assert any(line["message"] == "worker stopped" for line in lines)
+    assert not [line for line in lines if line["level"] == "error"], lines
+
+
+def test_api_and_worker_share_postgresql(tmp_path: Path, pg_url: str) -> None:
+    open_store(pg_url, upgrade=True).close()
+    served = Served(tmp_path, "--workers", "0", PLANFRONT_DATABASE_URL=pg_url)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "api.cli", "worker"], stderr=served.log, env=served.environ
+    )
+    try:
+        with Client(served.url) as client:
+            run = client.submit(small_request(), wait_s=40)
+            assert run["status"] == "done"
+            assert client.result(run["id"])["plans"]
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+        assert served.stop() == 0
+
+
+def test_no_service_for_others_without_keys(tmp_path: Path) -> None:
+    environ = {**os.environ, **ENVIRON, "PLANFRONT_DATA_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "api.cli", "serve", "--host", "0.0.0.0", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
+    assert done.returncode == 2
+    assert "there are no API keys" in done.stderr
+    assert "planfront keys create" in done.stderr
