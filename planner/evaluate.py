@@ -23,6 +23,7 @@ from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
 from planner.objectives import OBJECTIVES, bound_vector
 from planner.plans import PlanPoint, PlanSpace, check_plan, half_format
+from planner.reuse import Runs
 from planner.simulator import SchedulerConfig, SimulationResult, simulate
 from planner.workload import Workload
 
@@ -78,6 +79,7 @@ class Evaluator:
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
         self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
+        self._runs = Runs(workload)
         self._problems: dict[tuple[Any, ...], str | None] = {}
         self._facts: dict[frozenset[str] | None, WorkFacts] = {}
         self._memory: dict[tuple[Any, ...], MemoryPlan] = {}
@@ -276,9 +278,18 @@ class Evaluator:
 
     def evaluate(self, point: PlanPoint, *, interval: bool = True) -> Evaluation:
         """Metrics, memory and 90 % interval of a plan that `reject` lets pass."""
-        result, memory = self.run(point)
-        metrics = result.metrics()
-        kv_used = result.peak_kv_blocks * self.engine.block_tokens / max(1, point.attention_data)
+        memory = self.memory(point)
+        known = None
+        if not memory.shortfall:
+            shape, config = self.shape_key(point), self.scheduler(point, memory)
+            known = self._runs.find(shape, config)
+        if known is None:
+            result, memory = self.run(point)
+            metrics, peak_blocks = result.metrics(), result.peak_kv_blocks
+            self._runs.add(shape, config, result)
+        else:
+            metrics, peak_blocks = dict(known[0]), known[1]
+        kv_used = peak_blocks * self.engine.block_tokens / max(1, point.attention_data)
         used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
         used += min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)
         metrics["memory_bytes"] = used * point.devices

@@ -52,15 +52,15 @@ class CpSatSearch:
         start = clock()
         run = SearchRun(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
         candidates = run.collect(seed)
-        if len(candidates.points) > MOST_PLANS:
+        if len(candidates.items) > MOST_PLANS:
             raise InputError(
                 "search.method",
                 f"cp-sat takes up to {MOST_PLANS:,} plans that can run, this space has "
-                f"{len(candidates.points):,}; use mcts or exhaustive",
+                f"{len(candidates.items):,}; use mcts or exhaustive",
             )
-        order = {point.id: index for index, point in enumerate(candidates.points)}
+        order = {item.point.id: index for index, item in enumerate(candidates.items)}
         run.order = lambda item: order[item.point.id]
-        if candidates.points:
+        if candidates.items:
             _Programme(run, candidates, seed).solve()
         return run.outcome(self.name)
 
@@ -84,7 +84,8 @@ class _Programme:
 
     def solve(self) -> None:
         """Ask, simulate, exclude; until nothing is left or the budget is."""
-        run, points = self.run, self.candidates.points
+        run = self.run
+        points = [item.point for item in self.candidates.items]
         while not run.stop(done=len(run.judged)):
             asked = self._best()
             if not asked:

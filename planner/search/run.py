@@ -62,11 +62,6 @@ class Candidates:
     bounds: FloatArray  # [n, m]
     distance: FloatArray  # [n] least possible SLO miss
 
-    @property
-    def points(self) -> list[PlanPoint]:
-        """The plans."""
-        return [item.point for item in self.items]
-
 
 class SearchRun:
     """The state of one search."""
@@ -153,12 +148,10 @@ class SearchRun:
 
     def simulate(self, candidates: Candidates, *, prune: bool, workers: int) -> None:
         """Simulate what the bounds cannot exclude, most promising first."""
-        if not candidates.points:
+        if not candidates.items:
             return
         scores = normalise(candidates.bounds).sum(axis=1)
-        order = sorted(
-            range(len(candidates.points)), key=lambda i: (candidates.distance[i] > 0, scores[i], i)
-        )
+        order = sorted(range(len(candidates.items)), key=lambda i: (candidates.distance[i] > 0, scores[i], i))
         if prune:
             hopeless = [i for i in order if candidates.distance[i] > EQUAL]
             order = [i for i in order if candidates.distance[i] <= EQUAL]
@@ -166,7 +159,7 @@ class SearchRun:
             hopeless = []
         self._judge_all(candidates, order, prune=prune, workers=workers)
         hopeless.sort(key=lambda i: (candidates.distance[i], scores[i], i))
-        self.nearest([(candidates.points[i], float(candidates.distance[i])) for i in hopeless])
+        self.nearest([(candidates.items[i].point, float(candidates.distance[i])) for i in hopeless])
 
     def nearest(self, hopeless: Sequence[tuple[PlanPoint, float]]) -> None:
         """What to do with plans that cannot meet the SLO (each with its least possible miss, ascending).
@@ -188,7 +181,7 @@ class SearchRun:
     def _judge_all(self, candidates: Candidates, order: list[int], *, prune: bool, workers: int) -> None:
         if workers <= 1:
             for index in self._alive(candidates, order, prune):
-                self.keep(self.evaluate(candidates.points[index]))
+                self.keep(self.evaluate(candidates.items[index].point))
             return
         # The compiled simulator releases the interpreter lock, so threads share tables and workload.
         with ThreadPoolExecutor(workers) as pool:
@@ -197,7 +190,7 @@ class SearchRun:
                 batch = [index for _, index in zip(range(2 * workers), alive, strict=False)]
                 if not batch:
                     return
-                for item in pool.map(lambda i: self.evaluate(candidates.points[i]), batch):
+                for item in pool.map(lambda i: self.evaluate(candidates.items[i].point), batch):
                     self.keep(item)
 
     def _alive(self, candidates: Candidates, order: list[int], prune: bool) -> Iterator[int]:
