@@ -18,8 +18,16 @@ come from the plan's `StepTables`. The argument:
 * A request's TTFT and end-to-end time are no less than its own work; means and percentiles are
   monotone in each request. The makespan is no less than the latest end of a chain of such
   requests, nor than all work at the worker's best rate: tokens at the least time per token, and
-  attention at the least time per pair or per cached token, each shared by all slots.
-* Overload. At that best rate a worker is a machine that serves work; of all orders, the shortest
+  attention at the least time per pair or per cached token, each shared by all slots. No step holds more
+  sequences than the cap, so there are D / cap steps for D tokens, and each costs the a of a line a + b x
+  tokens that lies below all steps.
+* Load. While n requests are in a worker it makes at most r(n) = max over k <= n of k / step(k) tokens per
+  second, and r lies below lines a + m x n. So D tokens in T seconds of R workers need the integral of n over
+  that time, which is the sum of times in the system, to be at least (D - a R T) / m, for every line. Up to
+  the last arrival T is known. What is left then is held by some K requests at least, no more than the K
+  longest answers; from there on the k-th last of them keeps k in the system for as long as its tokens
+  take. The bound is the least of both parts over all K.
+* Overload. At its best rate a worker is a machine that serves work; of all orders, the shortest
   remaining one first has the least sum of completion times (Schrage, "A proof of the optimality of the
   shortest remaining processing time discipline", 1968), R workers no less than one machine R times as fast.
 * A preempted sequence gets one token from recomputing its prompt in place of a decode step. Where
@@ -52,6 +60,7 @@ FloatArray = npt.NDArray[np.float64]
 _PERCENTS = (50, 90, 95, 99)
 #: Slopes of the lines below a micro-batch's curve, as shares of its least time per token.
 _SLOPES = np.array([0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 1.0])
+_WORK_SLOPES = np.array([0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.98, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0])
 #: Mean end-to-end times at which the energy of the trade-off is worked out, over the least.
 _STRETCH = np.array([1.0, 1.02, 1.05, 1.1, 1.17, 1.26, 1.4, 1.6, 1.9, 2.4, 3.2, 5.0, 10.0, 30.0])
 #: Statistics that bounds know; `WorkFacts.wanted` limits them to what a request asks for.
@@ -77,18 +86,14 @@ class WorkBounds:
     work_s: float
     dynamic_j: float
     queue_mean_s: Callable[[int], float] = field(default=lambda replicas: 0.0)
-    _trade: Callable[[], FloatArray] | None = None
-    _known: FloatArray | None = None
+    _trade: Callable[[float], FloatArray] | None = None
 
-    @property
-    def trade(self) -> FloatArray:
+    def trade(self, least_s: float) -> FloatArray:
         """[k, 2] of (mean end-to-end s, energy above idle J): every outcome is nowhere better than one row.
 
-        Worked out when it is first read: most plans are left out by plainer bounds.
+        `least_s` is a bound on the mean that is known already: rows begin there.
         """
-        if self._known is None:
-            self._known = np.zeros((0, 2)) if self._trade is None else self._trade()
-        return self._known
+        return np.array([[least_s, self.dynamic_j]]) if self._trade is None else self._trade(least_s)
 
 
 @njit(cache=True, nogil=True)
@@ -161,6 +166,12 @@ class WorkFacts:
             for flag, prompt in self.prompt.items()
         }
         self.cacheable = bool(self.cached[True].any())
+        #: Decode tokens by the longest answers, and what the others hold when the K longest are left, for a
+        #: few K (`left_at`).
+        self.longest = np.sort(self.decoded)[::-1].copy()
+        self.left_at = np.unique(np.linspace(0, len(self.longest), 129).astype(np.int64))
+        self.left = np.concatenate(([0.0], np.cumsum(self.longest)))
+        self.left = (self.left[-1] - self.left)[self.left_at]
         self.output_tokens = float(self.outputs.sum())
         self.release_s = workload.arrival_s + self.lead_s
         self.span_s = float(workload.arrival_s.max() - workload.arrival_s.min())
@@ -204,6 +215,11 @@ class _ShapeFacts:
         self.moe_decode_least = np.minimum.accumulate(self.moe_decode)
         self.moe_decode_each = np.minimum.accumulate(self.moe_decode / _counts(self.moe_decode))
         self.logits = _least(tables.logits_s[1:])
+        every = np.arange(1, min(len(inputs), len(self.moe_mixed), len(self.mixed)) + 1)
+        self.mixed_from = _least_from(self.mixed, every)
+        self.moe_mixed_from = np.zeros(len(every))
+        if self.moe_each > 0.0:
+            self.moe_mixed_from = _least_from(self.moe_mixed, every)
         self.pair_s = max(0.0, float(tables.prefill_full_s_per_pair.min()))
         self.per_context = _per_context(tables)
         context = float(inputs.min()) + 1.0
@@ -224,6 +240,9 @@ class _ShapeFacts:
         self._lines: dict[int, FloatArray] = {}
         self._ttft: dict[tuple[int, bool], FloatArray] = {}
         self._own: dict[tuple[int, bool, float, float], _Own] = {}
+        self._rates: dict[tuple[int, bool], tuple[FloatArray, FloatArray]] = {}
+        self._below: dict[tuple[str, int], FloatArray] = {}
+        self._loads: dict[tuple[int, int, bool], float] = {}
         self._decode_costs: dict[int, tuple[FloatArray, FloatArray]] = {}
         self._mixed_costs: dict[int, tuple[FloatArray, FloatArray]] = {}
 
@@ -247,6 +266,85 @@ class _ShapeFacts:
             found = found + facts.pairs[prefix] * (self.pair_s / self.stages)
             self._ttft[key] = found + (self.logits + facts.lead_s)
         return self._ttft[key]
+
+    def rates(self, seqs: int, requests: int, preemption: bool) -> tuple[FloatArray, FloatArray]:
+        """([j] a, [j] m): with n requests in a worker it makes at most a + m x n tokens per second."""
+        key = (seqs, preemption)
+        if key not in self._rates:
+            n = np.arange(1, min(seqs * self.ranks, requests) + 1)
+            slot = -(-n // (self.stages * self.ranks))
+            batch = -(-n // self.stages)
+            attention = _least_from(self.attention[:seqs], slot)
+            step = _least_from(self.decode[:seqs], slot) + attention
+            step += _least_from(self.moe_decode[: self.ranks * seqs], batch)
+            # A step with prefill holds those tokens too; a recomputed prompt gives one without attention.
+            mixed = self.mixed_from[slot - 1] + self.moe_mixed_from[batch - 1] + self.logits
+            step = np.minimum(step, mixed if preemption else mixed + attention)
+            step = np.maximum.accumulate(np.minimum.accumulate(step[::-1])[::-1])
+            rate = n / step
+            # Slopes of chords between sizes that double.
+            at = np.unique(np.minimum(np.round(2.0 ** (np.arange(0, 2 * np.log2(len(n)) + 1.5) / 2)), len(n)))
+            marks = at.astype(np.int64)
+            chords = np.diff(rate[marks - 1]) / np.diff(marks) if len(marks) > 1 else np.zeros(0)
+            slopes = np.unique(np.append(chords[chords > 0], rate[0]))
+            above = np.maximum(0.0, (rate[None] - slopes[:, None] * n[None]).max(axis=1))
+            self._rates[key] = above, slopes
+        return self._rates[key]
+
+    def load_mean_s(self, facts: WorkFacts, seqs: int, replicas: int, preemption: bool) -> float:
+        """Least mean time in the system that the load leaves possible (see the module)."""
+        key = (seqs, replicas, preemption)
+        if key not in self._loads:
+            above, slopes = self.rates(seqs, len(facts.decoded), preemption)
+            longest, left = facts.longest, facts.left
+            ranks = np.arange(1, len(longest) + 1)
+            most = (replicas * above[:, None] + slopes[:, None] * ranks[None]).min(axis=0)
+            tail = np.concatenate(([0.0], np.cumsum(longest * ranks / most)))
+            done = (left[:, None] - (replicas * facts.span_s) * above[None]) / slopes[None]
+            before = np.maximum(0.0, done.max(axis=1))
+            # Between two numbers K: no less work done before than for the larger, no less tail than
+            # for the smaller.
+            grid = facts.left_at
+            ends = np.append(before[1:], 0.0)
+            self._loads[key] = float((ends + tail[grid]).min()) / len(longest)
+        return self._loads[key]
+
+    def work_line(
+        self, part: str, budget: int, seqs: int, best: float, steps: float, tokens: float
+    ) -> tuple[float, float]:
+        """(a, b) of the line below all steps that makes the most of so many steps and tokens.
+
+        `part` is "dense" (by tokens of the fullest slot: with prefill up to the budget, without up to `seqs`)
+        or "moe" (by tokens of a micro-batch); `best` is the least time per token, a line with a = 0.
+        """
+        prefill = self._intercepts(part + "-mixed", self.mixed[:budget] if budget else self.moe_mixed)
+        decode = self._intercepts(
+            part + "-decode", self.decode[:seqs] if part == "dense" else self.moe_decode[:seqs]
+        )
+        lowest = np.minimum(prefill, decode)
+        slopes = self._slopes(part)
+        worth = np.where(lowest >= 0.0, lowest * steps + slopes * tokens, 0.0)
+        index = int(worth.argmax())
+        if worth[index] <= best * tokens:
+            return 0.0, best
+        return float(lowest[index]), float(slopes[index])
+
+    def _slopes(self, part: str) -> FloatArray:
+        steepest = min(float(self.mixed_each[-1]), float(self.decode_each[-1]))
+        if part == "moe":
+            steepest = min(self.moe_each, float(self.moe_decode_each[-1]))
+        return max(0.0, steepest) * _WORK_SLOPES
+
+    def _intercepts(self, part: str, values: FloatArray) -> FloatArray:
+        """[slopes] least of values - slope x tokens."""
+        key = (part, len(values))
+        if key not in self._below:
+            counts = _counts(values)
+            if len(values) > 4096:
+                values, counts = _thinned(values)
+            slopes = self._slopes(part.split("-")[0])
+            self._below[key] = (values[None] - slopes[:, None] * counts[None]).min(axis=1)
+        return self._below[key]
 
     def own(self, facts: WorkFacts, budget: int, prefix: bool, step: float, attention: float) -> _Own:
         """What every request needs for itself; `attention` of a step is known when nobody is preempted."""
@@ -354,9 +452,13 @@ def work_bounds(
         has_cache = prefix_caching and facts.workload.block_tokens > 0
         per_context = min(per_context, pair_s if has_cache else max(pair_s, 0.5 * per_token))
     tokens, pairs, contexts = facts.sums[prefix]
-    best = min(per_token, per_decode) / slots + routed / stages
+    cap = float(min(seqs * ranks, len(facts.decoded)))
+    steps = float(facts.decoded.sum()) / cap
+    dense = shape.work_line("dense", budget, seqs, min(per_token, per_decode), steps, tokens / slots)
+    experts = shape.work_line("moe", 0, moe_seqs, routed, steps, tokens / stages)
+    best, each_step = dense[1] / slots + experts[1] / stages, dense[0] + experts[0]
     prefill_s, attention_s = pairs * pair_s / slots, contexts * per_context / slots
-    work_s = tokens * best + prefill_s + attention_s
+    work_s = steps * each_step + tokens * best + prefill_s + attention_s
     watts = max(0.0, tables.prefill_attention_w) * prefill_s
     if not preemption:
         watts += max(0.0, tables.decode_attention_w) * attention_s
@@ -364,15 +466,18 @@ def work_bounds(
     known: dict[int, float] = {}
 
     def queue_mean_s(replicas: int) -> float:
-        """0 where the load is light: then a request's own work says more."""
-        if not facts.open_loop or work_s <= 0.8 * replicas * facts.span_s:
+        """What the load makes of the mean time in the system."""
+        if not facts.open_loop:
             return 0.0
+        loaded = shape.load_mean_s(facts, seqs, replicas, preemption)
+        if work_s <= 0.8 * replicas * facts.span_s:
+            return loaded
         if replicas not in known:
             each = (facts.prompt[prefix] + facts.decoded) * best + facts.pairs[prefix] * (pair_s / slots)
-            each += facts.contexts * (per_context / slots)
+            each += facts.contexts * (per_context / slots) + facts.decoded * (each_step / cap)
             ends = _shortest_first(facts.release_s, each / replicas)
-            known[replicas] = max(0.0, (ends - float(facts.workload.arrival_s.sum())) / len(each))
-        return known[replicas]
+            known[replicas] = (ends - float(facts.workload.arrival_s.sum())) / len(each)
+        return max(loaded, known[replicas])
 
     return WorkBounds(
         statistics=own.statistics,
@@ -396,12 +501,13 @@ def _trade(
     own: _Own,
     dynamic: float,
     watts: float,
+    least_s: float,
 ) -> FloatArray:
     """[k, 2] (mean end-to-end s, energy above idle J) that no outcome beats all of; see the module."""
     decoded, count = float(facts.decoded.sum()), len(facts.decoded)
     curves = shape.tables.energy_j
     if decoded <= 0 or "decode" not in curves or "mixed" not in curves:
-        return np.array([[own.e2e_mean_s, dynamic]])
+        return np.array([[least_s, dynamic]])
     # A token of a decode-only step whose fullest slot holds n sequences, and of one with prefill of m
     # tokens: joules and seconds.
     seconds, cost = shape.decode_costs(seqs)
@@ -410,14 +516,14 @@ def _trade(
     slope = -np.diff(cost) / np.maximum(np.diff(seconds), 1e-30)
     prices = np.sort(slope[(slope > 0) & np.isfinite(slope)])
     if not len(prices):
-        return np.array([[own.e2e_mean_s, dynamic]])
+        return np.array([[least_s, dynamic]])
     prices = prices[:: max(1, len(prices) // 10)]
     token = np.minimum(
         (cost[None] + prices[:, None] * seconds[None]).min(axis=1),
         (mixed_cost[None] + prices[:, None] * mixed_time[None]).min(axis=1),
     )
     fixed = (facts.sums[prefix][0] - decoded) * (shape.joules + shape.moe_joules) + watts
-    means = own.e2e_mean_s * _STRETCH
+    means = max(least_s, own.e2e_mean_s) * _STRETCH
     waited = count * (means - own.ttft_mean_s)
     curve = (fixed + decoded * token[:, None] - prices[:, None] * waited[None]).max(axis=0)
     curve = np.maximum(curve, dynamic)
@@ -455,14 +561,18 @@ def _lines(values: FloatArray) -> FloatArray:
     counts = _counts(values)
     steepest = max(0.0, float((values / counts).min()))
     if len(values) > 4096:
-        # Of each run of sizes its last bounds the line, its least the curve: a hundred times fewer.
-        starts = np.unique(np.concatenate((np.arange(1024), np.arange(1024, len(values), 64))))
-        ends = np.append(starts[1:], len(values))
-        values, counts = np.minimum.reduceat(values, starts), ends.astype(np.float64)
+        values, counts = _thinned(values)
     slopes = steepest * _SLOPES
     above = (values[None] - slopes[:, None] * counts[None]).min(axis=1)
     found = np.column_stack((np.maximum(above, 0.0), slopes))
     return np.asarray(found[above >= 0.0] if bool((above >= 0).any()) else [[0.0, 0.0]], dtype=np.float64)
+
+
+def _thinned(values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(values, sizes) that bound the same lines: of each run of sizes its last and its least value."""
+    starts = np.unique(np.concatenate((np.arange(1024), np.arange(1024, len(values), 64))))
+    ends = np.append(starts[1:], len(values))
+    return np.minimum.reduceat(values, starts), ends.astype(np.float64)
 
 
 def _highest(lines: FloatArray, tokens: FloatArray) -> FloatArray:

@@ -385,10 +385,10 @@ class Evaluator:
         """
         if not {"latency", "energy"} <= set(objectives):
             return vector[None]
-        trade = self._work(point, self.wanted(objectives)).trade
+        latency, energy = objectives.index("latency"), objectives.index("energy")
+        trade = self._work(point, self.wanted(objectives)).trade(float(vector[latency]))
         if len(trade) < 2:
             return vector[None]
-        latency, energy = objectives.index("latency"), objectives.index("energy")
         pieces = np.repeat(vector[None], len(trade), axis=0)
         above = (trade[:, 1] - trade[:, 1].min()) / float(self.workload.output_tokens.sum())
         pieces[:, latency] = np.maximum(vector[latency], trade[:, 0])
