@@ -307,6 +307,7 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
             hypervolume=volume,
             seed=request.search.seed,
             reason=outcome.reason,
+            gap=outcome.gap.as_dict() if outcome.gap else None,
         ),
         workload=question.workload_summary,
         provenance=_provenance(question, rows),

@@ -58,6 +58,9 @@ class SearchEntry(_Model):
     hypervolume: float
     seed: int
     reason: str = ""
+    #: How far the front may be from the truth: per objective the best found and the best possible, the
+    #: hypervolume found and the most there can be, and how many plans are open. None: not told.
+    gap: dict[str, Any] | None = None
 
 
 class Provenance(_Model):

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from planner.evaluate import Evaluation, Evaluator
 from planner.objectives import SloMiss
 from planner.plans import PlanPoint, PlanSpace
+from planner.search.gap import Gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class Outcome:
     certified: bool
     wall_s: float
     reason: str = ""
+    #: What plans that were not looked at could still add; closed when certified.
+    gap: Gap | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
 
 

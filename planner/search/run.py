@@ -16,6 +16,7 @@ from planner.objectives import objective_vector, slo_distance_bound, slo_misses
 from planner.pareto import non_dominated, normalise
 from planner.plans import PlanPoint, PlanSpace
 from planner.search.base import Clock, Judged, Outcome, Progress, ProgressCallback, Rejected
+from planner.search.gap import Gap, measure_gap
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -24,7 +25,11 @@ EQUAL = 1e-9
 #: Least time between two reports of progress, in s; the last one always comes.
 _REPORT_S = 0.05
 #: Share of the budget that bounds may take.
-_BOUND_SHARE = 0.5
+_BOUND_SHARE = 0.6
+#: Plans simulated between two rankings, and how many simulations of a layout weigh as much as the rest.
+_ROUND, _SHRINK = 128, 2.0
+#: Open plans up to which a gap reads the pieces of their bounds, beyond it only the corners.
+_MOST_PIECES = 4000
 #: How many plans nearest to the SLO are simulated when none can meet it.
 _NEAREST = 5
 
@@ -89,6 +94,7 @@ class SearchRun:
         self.reason = ""
         self.incumbents: list[Judged] = []
         self.front_values: FloatArray = np.empty((0, len(objectives)))
+        self.known: list[Bound] = []
         self._last_report = -1.0
         #: Of plans with equal values the front keeps the first by this; None: the first simulated.
         self.order: Callable[[Judged], Any] | None = None
@@ -142,6 +148,7 @@ class SearchRun:
             bounds = evaluator.bounds(point, self.wanted)
             vector = evaluator.bound_vector(point, objectives, bounds)
             passed.append(Bound(point, vector, slo_distance_bound(slo, bounds), evaluator, objectives))
+        self.known += passed
         return passed, [Rejected(plans[0], reason, len(plans)) for reason, plans in reasons.items()]
 
     # --- simulation ---------------------------------------------------------------------------
@@ -194,13 +201,20 @@ class SearchRun:
                     self.keep(item)
 
     def _alive(self, candidates: Candidates, order: list[int], prune: bool) -> Iterator[int]:
-        for index in order:
-            if self.stop(done=len(self.judged)):
-                return
-            if prune and self.beaten(candidates.items[index]):
-                self.bounded += 1
-                continue
-            yield index
+        """Plans to simulate, the most promising first; what simulations teach changes their order."""
+        ranks = _Ranks(self, candidates) if len(order) > 2 * _ROUND else None
+        left = np.array(order, dtype=np.int64)
+        while len(left):
+            for index in left[:_ROUND]:
+                if self.stop(done=len(self.judged)):
+                    return
+                if prune and self.beaten(candidates.items[index]):
+                    self.bounded += 1
+                    continue
+                yield int(index)
+            left = left[_ROUND:]
+            if ranks is not None and len(left) > _ROUND and self.incumbents:
+                left = left[np.argsort(ranks.scores(left), kind="stable")]
 
     def beaten(self, item: Bound) -> bool:
         """Whether simulated plans are nowhere worse than anything that a plan's bound leaves possible."""
@@ -292,7 +306,96 @@ class SearchRun:
             certified=self.complete,
             wall_s=self.clock() - self.start,
             reason=self.reason,
+            gap=self.gap(),
         )
+
+    def gap(self) -> Gap:
+        """How much better than what was found the plans may be that are neither simulated nor excluded."""
+        if self.complete:
+            return measure_gap(
+                self.objectives,
+                self.front_values,
+                np.empty((0, len(self.objectives))),
+                open_plans=0,
+                unbounded=0,
+            )
+        done = {item.point for item in self.judged}
+        meets = bool(self.incumbents)
+        left = [
+            item for item in self.known if item.point not in done and (item.distance <= EQUAL or not meets)
+        ]
+        if meets and left:
+            vectors = np.array([item.vector for item in left])
+            reach = vectors + EQUAL * np.abs(vectors)
+            beaten = np.zeros(len(left), dtype=np.bool_)
+            for values in self.front_values:
+                beaten |= np.all(values <= reach, axis=1)
+            left = [item for item, out in zip(left, beaten, strict=True) if not out]
+        if len(left) <= _MOST_PIECES:
+            left = [item for item in left if not self.beaten(item)]
+            points = [item.pieces for item in left]
+        else:
+            points = [item.vector[None] for item in left]
+        unbounded = len(self.space) - len(self.known) - sum(item.plans for item in self.rejected)
+        return measure_gap(
+            self.objectives,
+            self.front_values,
+            np.concatenate(points) if points else np.empty((0, len(self.objectives))),
+            open_plans=len(left),
+            unbounded=max(0, unbounded),
+        )
+
+
+class _Ranks:
+    """Which plans are likely to add to the front: bounds, corrected by how far simulations were above theirs.
+
+    What is learned of a layout with its formats is shrunk towards what is known of its worker without its
+    replicas, and that towards all plans. Each ranking leans to other objectives, so that all parts of the
+    front are looked for.
+    """
+
+    def __init__(self, run: SearchRun, candidates: Candidates) -> None:
+        self.run, self.candidates = run, candidates
+        self.at = {item.point: index for index, item in enumerate(candidates.items)}
+        workers: dict[Any, int] = {}
+        groups: dict[Any, int] = {}
+        rows = []
+        for item in candidates.items:
+            point = item.point
+            worker = (point.pool, point.degrees, point.weights, point.kv_cache, point.activations)
+            group = (worker, point.replicas, point.max_num_seqs)
+            rows.append((groups.setdefault(group, len(groups)), workers.setdefault(worker, len(workers))))
+        self.levels = np.array(rows, dtype=np.int64).T
+        self.sizes = len(groups), len(workers)
+        self.rng = np.random.default_rng(0)
+
+    def scores(self, left: npt.NDArray[np.int64]) -> FloatArray:
+        """[n] the less, the sooner: how far a plan is likely to lie behind the front."""
+        bounds, run = self.candidates.bounds, self.run
+        seen = [
+            (self.at[id(item.point)], item.objectives) for item in run.judged if id(item.point) in self.at
+        ]
+        index = np.array([row[0] for row in seen])
+        values = np.array([row[1] for row in seen])
+        sound = (bounds[index] * values > 0) & (np.abs(bounds[index]) > 1e-300)
+        ratio = np.divide(values, bounds[index], out=np.ones_like(values), where=sound)
+        drift = np.clip(np.log(ratio), -4.0, 4.0)
+        known = np.broadcast_to(drift.mean(axis=0), (len(left), drift.shape[1]))
+        for level, size in ((1, self.sizes[1]), (0, self.sizes[0])):
+            ids = self.levels[level]
+            sums = np.zeros((size, drift.shape[1]))
+            np.add.at(sums, ids[index], drift)
+            times = np.bincount(ids[index], minlength=size)[ids[left], None]
+            known = (sums[ids[left]] + _SHRINK * known) / (times + _SHRINK)
+        likely = bounds[left] * np.exp(known)
+        front = run.front_values
+        low = np.minimum(likely.min(axis=0), front.min(axis=0))
+        span = np.maximum(front.max(axis=0) - front.min(axis=0), 1e-3 * np.abs(front).max(axis=0) + 1e-300)
+        behind = np.full(len(left), np.inf)
+        for point in front:
+            behind = np.minimum(behind, ((likely - point) / span).max(axis=1))
+        weights = self.rng.dirichlet(np.ones(bounds.shape[1]))
+        return np.asarray(behind + 0.2 * ((likely - low) / span * weights).sum(axis=1), dtype=np.float64)
 
 
 def rounded(values: Sequence[float]) -> tuple[float, ...]:
