@@ -289,13 +289,16 @@ class Evaluator:
             self._runs.add(shape, config, result)
         else:
             metrics, peak_blocks = dict(known[0]), known[1]
-        kv_used = peak_blocks * self.engine.block_tokens / max(1, point.attention_data)
-        used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
-        used += min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)
-        metrics["memory_bytes"] = used * point.devices
+        metrics["memory_bytes"] = self.used_bytes(point, memory, peak_blocks)
         breakdown = metrics.pop("breakdown_s")
         found = Evaluation(point, metrics, memory, breakdown, {})
         return self.with_interval(found) if interval else found
+
+    def used_bytes(self, point: PlanPoint, memory: MemoryPlan, peak_blocks: int) -> float:
+        """Device memory in use at the peak, all devices, when a worker held so many KV blocks at once."""
+        kv_used = peak_blocks * self.engine.block_tokens / max(1, point.attention_data)
+        used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
+        return (used + min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)) * point.devices
 
     def with_interval(self, evaluation: Evaluation) -> Evaluation:
         """The same evaluation with its 90 % interval: the plan on a faster and on a slower machine."""

@@ -24,7 +24,6 @@ its results is known, so that a seed and a number of workers decide the whole se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil, exp, sqrt
 from typing import Any
@@ -34,7 +33,7 @@ import numpy.typing as npt
 
 from planner.evaluate import Evaluator
 from planner.plans import PlanPoint, PlanSpace
-from planner.search.base import Clock, Judged, Outcome, ProgressCallback
+from planner.search.base import Clock, Judged, Outcome, ProgressCallback, Support
 from planner.search.run import EQUAL, Bound, SearchRun, rounded
 
 FloatArray = npt.NDArray[np.float64]
@@ -125,15 +124,20 @@ class MctsSearch:
         progress: ProgressCallback | None = None,
         cancelled: Callable[[], bool] | None = None,
         workers: int = 1,
+        support: Support | None = None,
     ) -> Outcome:
         """See `Searcher.search`."""
         start = clock()
-        run = SearchRun(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
+        run = SearchRun(
+            evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled,
+            seed=seed, workers=workers, support=support,
+        )  # fmt: skip
         tree = _Tree(run, seed, workers, self.max_evaluations)
         run.order = tree.place
-        tree.grow()
-        outcome = run.outcome(self.name)
-        outcome.statistics = {"nodes": tree.nodes, "descents": tree.descents}
+        with run:
+            tree.grow()
+            outcome = run.outcome(self.name)
+        outcome.statistics |= {"nodes": tree.nodes, "descents": tree.descents}
         return outcome
 
 
@@ -141,7 +145,7 @@ class _Tree:
     """The tree, its rewards, and what of the space it has used up."""
 
     def __init__(self, run: SearchRun, seed: int, workers: int, limit: int | None) -> None:
-        self.run, self.workers, self.limit = run, max(1, workers), limit
+        self.run, self.batch, self.limit = run, max(1, workers), limit
         self.rng = np.random.default_rng(seed)
         self.paths = [_path(layout, formats) for layout, formats in run.space.groups]
         self.depth = max((len(path) for path in self.paths), default=0)
@@ -163,34 +167,31 @@ class _Tree:
         """Descend, simulate, learn, until the tree, the budget or the limit is used up."""
         run = self.run
         run.exclude()
-        if self.workers == 1:
-            self._loop(lambda points: [run.evaluate(point) for point in points])
-        else:
-            with ThreadPoolExecutor(self.workers) as pool:
-                self._loop(lambda points: list(pool.map(run.evaluate, points)))
+        self._loop()
         if self.root.done and run.complete:
             self.hopeless.sort(key=lambda row: (row[1], row[2]))
             run.nearest([(point, distance) for point, distance, _ in self.hopeless])
 
-    def _loop(self, evaluate: Callable[[list[PlanPoint]], list[Judged]]) -> None:
+    def _loop(self) -> None:
         run = self.run
         while not self.root.done and not run.stop(done=len(run.judged)):
-            room = self.workers if self.limit is None else min(self.workers, self.limit - len(run.judged))
+            room = self.batch if self.limit is None else min(self.batch, self.limit - len(run.judged))
             if room <= 0:
                 run.complete, run.reason = False, f"stopped after {len(run.judged)} simulations"
                 return
             batch: list[tuple[_Node, _Leaf]] = []
             while len(batch) < room and not self.root.done:
-                found = self._descend()
-                if found is None:
+                taken = self._descend()
+                if taken is None:
                     if run.stop(done=len(run.judged) + len(batch)):
                         break
                     continue
-                batch.append(found)
-                self._visit(found[0], +1)
+                batch.append(taken)
+                self._visit(taken[0], +1)
             if not batch:
                 continue
-            for (node, leaf), item in zip(batch, evaluate([leaf.point for _, leaf in batch]), strict=True):
+            found = run.evaluate_all([leaf.point for _, leaf in batch])
+            for (node, leaf), item in zip(batch, found, strict=True):
                 self._visit(node, -1)
                 self._learn(node, self._reward(item), _drift(item, leaf.bound))
                 run.keep(item)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from planner.evaluate import Evaluator
+from hardware import InputError
+from planner.evaluate import Evaluation, Evaluator
 from planner.objectives import objective_vector, slo_distance_bound, slo_misses
 from planner.pareto import non_dominated, normalise
 from planner.plans import PlanPoint, PlanSpace
-from planner.search.base import Clock, Judged, Outcome, Progress, ProgressCallback, Rejected
+from planner.search.base import Clock, Judged, Outcome, Progress, ProgressCallback, Rejected, Support
 from planner.search.gap import Gap, measure_gap
+from planner.search.pool import Here, Pool, make_pool
+from planner.search.race import SHORT_REQUESTS, WORTH, Race
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -24,8 +26,12 @@ FloatArray = npt.NDArray[np.float64]
 EQUAL = 1e-9
 #: Least time between two reports of progress, in s; the last one always comes.
 _REPORT_S = 0.05
+#: Time between two checkpoints, in s.
+_SAVE_S = 5.0
 #: Share of the budget that bounds may take.
 _BOUND_SHARE = 0.6
+#: Share of what is left of the budget that a race may take.
+_RACE_SHARE = 0.2
 #: Plans simulated between two rankings, and how many simulations of a layout weigh as much as the rest.
 _ROUND, _SHRINK = 128, 2.0
 #: Open plans up to which a gap reads the pieces of their bounds, beyond it only the corners.
@@ -81,7 +87,17 @@ class SearchRun:
         budget_s: float,
         progress: ProgressCallback | None,
         cancelled: Callable[[], bool] | None,
+        *,
+        seed: int = 0,
+        workers: int = 1,
+        support: Support | None = None,
     ) -> None:
+        self.seed, self.workers, self.support = seed, workers, support or Support()
+        self.pool: Pool = Here(evaluator)
+        self.remembered = self._remembered()
+        self._unsaved: list[Judged] = []
+        self._last_save = start
+        self.raced = 0
         self.evaluator, self.space, self.objectives = evaluator, space, objectives
         self.clock, self.start, self.budget_s = clock, start, budget_s
         self.report, self.is_cancelled = progress, cancelled
@@ -98,6 +114,56 @@ class SearchRun:
         self._last_report = -1.0
         #: Of plans with equal values the front keeps the first by this; None: the first simulated.
         self.order: Callable[[Judged], Any] | None = None
+
+    # --- who evaluates, and what is kept --------------------------------------------------------
+
+    def __enter__(self) -> SearchRun:
+        requests = len(getattr(self.evaluator, "workload", ()))
+        work_s = len(self.space) * (1e-3 + 2e-6 * requests) if self.support.backend == "auto" else 0.0
+        if self.workers > 1 or self.support.backend != "auto":
+            self.pool = make_pool(self.evaluator, self.workers, self.support.backend, work_s=work_s)
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.pool.__exit__(*exc)
+        self.save()
+
+    def _remembered(self) -> dict[str, Mapping[str, Any]]:
+        """Plans that an earlier run of this search simulated. Raises InputError for those of another."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for part in self.support.resume:
+            for name, own in self._identity().items():
+                if part.get(name) != own:
+                    raise InputError(
+                        "resume", f"it belongs to a search with another {name}: {part.get(name)!r}"
+                    )
+            found.update({row["id"]: row for row in part["plans"]})
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "schema_version": "1",
+            "seed": self.seed,
+            "objectives": list(self.objectives),
+            "space_size": len(self.space),
+        }
+
+    def save(self) -> None:
+        """Hand what was simulated since the last time to the checkpoint."""
+        if self.support.checkpoint is None or not self._unsaved:
+            return
+        rows = [
+            {
+                "id": item.point.id,
+                "metrics": item.evaluation.metrics,
+                "breakdown_s": item.evaluation.breakdown_s,
+            }
+            for item in self._unsaved
+        ]
+        self._unsaved = []
+        self._last_save = self.clock()
+        self.support.checkpoint({**self._identity(), "plans": rows})
 
     # --- gates and bounds ---------------------------------------------------------------------
 
@@ -153,7 +219,7 @@ class SearchRun:
 
     # --- simulation ---------------------------------------------------------------------------
 
-    def simulate(self, candidates: Candidates, *, prune: bool, workers: int) -> None:
+    def simulate(self, candidates: Candidates, *, prune: bool) -> None:
         """Simulate what the bounds cannot exclude, most promising first."""
         if not candidates.items:
             return
@@ -164,7 +230,7 @@ class SearchRun:
             order = [i for i in order if candidates.distance[i] <= EQUAL]
         else:
             hopeless = []
-        self._judge_all(candidates, order, prune=prune, workers=workers)
+        self._judge_all(candidates, self._race(candidates, order), prune=prune)
         hopeless.sort(key=lambda i: (candidates.distance[i], scores[i], i))
         self.nearest([(candidates.items[i].point, float(candidates.distance[i])) for i in hopeless])
 
@@ -185,20 +251,35 @@ class SearchRun:
                 return
             self.keep(self.evaluate(point))
 
-    def _judge_all(self, candidates: Candidates, order: list[int], *, prune: bool, workers: int) -> None:
-        if workers <= 1:
-            for index in self._alive(candidates, order, prune):
-                self.keep(self.evaluate(candidates.items[index].point))
-            return
-        # The compiled simulator releases the interpreter lock, so threads share tables and workload.
-        with ThreadPoolExecutor(workers) as pool:
-            alive = self._alive(candidates, order, prune)
-            while True:
-                batch = [index for _, index in zip(range(2 * workers), alive, strict=False)]
-                if not batch:
-                    return
-                for item in pool.map(lambda i: self.evaluate(candidates.items[i].point), batch):
-                    self.keep(item)
+    def _race(self, candidates: Candidates, order: list[int]) -> list[int]:
+        """The same plans, those that short runs show to be behind last, where time is short."""
+        workload = getattr(self.evaluator, "workload", None)
+        requests = 0 if workload is None else len(workload)
+        left_s = self.budget_s - (self.clock() - self.start)
+        needed_s = len(order) * (1e-3 + 2e-6 * requests) / self.workers
+        if not self.support.race or requests < WORTH * SHORT_REQUESTS or needed_s < left_s:
+            return order
+        race, until = Race(self.evaluator, self.objectives), self.clock() + _RACE_SHARE * left_s
+        entered: list[int] = []
+        for index in order:
+            if self.clock() > until or self.stop(done=0):
+                break
+            race.run(candidates.items[index].point)
+            entered.append(index)
+            self.tell("race")
+        places, self.raced = race.order([candidates.items[index].point for index in entered])
+        first = [entered[place] for place in places[: len(places) - self.raced]]
+        last = [entered[place] for place in places[len(places) - self.raced :]]
+        return [*first, *order[len(entered) :], *last]
+
+    def _judge_all(self, candidates: Candidates, order: list[int], *, prune: bool) -> None:
+        alive = self._alive(candidates, order, prune)
+        while True:
+            batch = [index for _, index in zip(range(self.pool.batch), alive, strict=False)]
+            if not batch:
+                return
+            for item in self.evaluate_all([candidates.items[index].point for index in batch]):
+                self.keep(item)
 
     def _alive(self, candidates: Candidates, order: list[int], prune: bool) -> Iterator[int]:
         """Plans to simulate, the most promising first; what simulations teach changes their order."""
@@ -231,7 +312,25 @@ class SearchRun:
 
     def evaluate(self, point: PlanPoint) -> Judged:
         """Simulate a plan."""
-        evaluation = self.evaluator.evaluate(point, interval=False)
+        return self.evaluate_all([point])[0]
+
+    def evaluate_all(self, points: Sequence[PlanPoint]) -> list[Judged]:
+        """Simulate plans; those that an earlier run of the search knows are taken from there."""
+        found: dict[PlanPoint, Evaluation] = {}
+        if self.remembered:
+            for point in points:
+                row = self.remembered.get(point.id)
+                if row is not None:
+                    memory = self.evaluator.memory(point)
+                    found[point] = Evaluation(
+                        point, dict(row["metrics"]), memory, dict(row["breakdown_s"]), {}
+                    )
+        open_ = [point for point in points if point not in found]
+        if open_:
+            found.update(zip(open_, self.pool.evaluate(open_), strict=True))
+        return [self._judge(found[point]) for point in points]
+
+    def _judge(self, evaluation: Evaluation) -> Judged:
         return Judged(
             evaluation,
             tuple(float(v) for v in objective_vector(self.objectives, evaluation.metrics)),
@@ -241,6 +340,10 @@ class SearchRun:
     def keep(self, item: Judged) -> None:
         """Take a simulated plan in, and update the incumbents."""
         self.judged.append(item)
+        if self.support.checkpoint is not None:
+            self._unsaved.append(item)
+            if self.clock() - self._last_save > _SAVE_S:
+                self.save()
         if item.meets_slo:
             own = np.array(rounded(item.objectives))
             if not bool(np.any(np.all(self.front_values <= own, axis=1))):
@@ -287,19 +390,21 @@ class SearchRun:
                 simulated=len(self.judged),
                 front=len(self.front_values),
                 elapsed_s=now,
-                best=tuple(self.incumbents) or tuple(front_of(self.judged)),
+                best=tuple(self.incumbents) or tuple(front_of(self._ranked())),
             )
         )
+
+    def _ranked(self) -> list[Judged]:
+        return self.judged if self.order is None else sorted(self.judged, key=self.order)
 
     def outcome(self, method: str) -> Outcome:
         """The front of what was simulated, and whether it is that of the whole space."""
         self.tell("done", always=True)
-        ranked = self.judged if self.order is None else sorted(self.judged, key=self.order)
         return Outcome(
             method=method,
             space_size=len(self.space),
             judged=self.judged,
-            front=front_of(ranked),
+            front=front_of(self._ranked()),
             rejected=self.rejected,
             bounded=self.bounded,
             simulated=len(self.judged),
@@ -307,6 +412,7 @@ class SearchRun:
             wall_s=self.clock() - self.start,
             reason=self.reason,
             gap=self.gap(),
+            statistics={"raced_out": self.raced} if self.raced else {},
         )
 
     def gap(self) -> Gap:
@@ -372,9 +478,7 @@ class _Ranks:
     def scores(self, left: npt.NDArray[np.int64]) -> FloatArray:
         """[n] the less, the sooner: how far a plan is likely to lie behind the front."""
         bounds, run = self.candidates.bounds, self.run
-        seen = [
-            (self.at[id(item.point)], item.objectives) for item in run.judged if id(item.point) in self.at
-        ]
+        seen = [(self.at[item.point], item.objectives) for item in run.judged if item.point in self.at]
         index = np.array([row[0] for row in seen])
         values = np.array([row[1] for row in seen])
         sound = (bounds[index] * values > 0) & (np.abs(bounds[index]) > 1e-300)
