@@ -65,7 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--html", metavar="OUT", help="write the result as one self-contained web page")
     plan.add_argument("--method", choices=METHODS, help="search method (default: the request's)")
     plan.add_argument("--budget", metavar="S", type=float, help="seconds to search (default: the request's)")
-    plan.add_argument("--workers", metavar="N", type=int, help="threads that simulate (default: all cores)")
+    plan.add_argument("--workers", metavar="N", type=int, help="workers that simulate (default: all cores)")
+    plan.add_argument(
+        "--backend",
+        choices=("auto", "threads", "processes", "dask", "ray"),
+        default="auto",
+        help="where they run: this machine's threads or processes, or a dask or ray cluster (default: auto)",
+    )
     plan.add_argument("--quiet", action="store_true", help="no progress")
 
     evaluate = commands.add_parser(
@@ -321,9 +327,12 @@ def _plan(given: argparse.Namespace) -> int:
     workers = _workers(given.workers)
     from api.terminal import ProgressLine, show_result
     from planner.pipeline import Planner
+    from planner.search import Support
 
     with ProgressLine(enabled=not given.quiet) as progress:
-        result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
+        result = Planner(base_dir=base).plan(
+            data, progress=progress, workers=workers, support=Support(backend=given.backend)
+        )
     plain = result.model_dump(mode="json")
     if given.json:
         import json

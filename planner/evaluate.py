@@ -79,6 +79,7 @@ class Evaluator:
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
         self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
+        self._last_memory: tuple[PlanPoint, MemoryPlan] | None = None
         self._runs = Runs(workload)
         self._problems: dict[tuple[Any, ...], str | None] = {}
         self._facts: dict[frozenset[str] | None, WorkFacts] = {}
@@ -116,13 +117,18 @@ class Evaluator:
 
     def memory(self, point: PlanPoint) -> MemoryPlan:
         """Memory of one worker of the plan, worked out once for plans that differ in nothing it reads."""
+        last = self._last_memory
+        if last is not None and last[0] is point:
+            return last[1]
         key = (
-            point.pool, point.degrees, point.weights, point.kv_cache, point.max_num_seqs,
-            point.max_num_batched_tokens, point.cuda_graphs, point.memory_fraction,
+            point.pool, point.tensor, point.pipeline, point.expert, point.attention_data, point.weights,
+            point.kv_cache, point.max_num_seqs, point.max_num_batched_tokens, point.cuda_graphs,
+            point.memory_fraction,
         )  # fmt: skip
         found = self._memory.get(key)
         if found is None:
             found = self._memory[key] = self._plan_memory(point)
+        self._last_memory = point, found
         return found
 
     def _plan_memory(self, point: PlanPoint) -> MemoryPlan:
@@ -143,7 +149,10 @@ class Evaluator:
 
     def reject(self, point: PlanPoint) -> str | None:
         """Why the plan cannot serve this workload at all, or None."""
-        built = (point.pool, point.replicas, point.degrees, point.weights, point.activations, point.kv_cache)
+        built = (
+            point.pool, point.replicas, point.tensor, point.pipeline, point.expert, point.attention_data,
+            point.weights, point.activations, point.kv_cache,
+        )  # fmt: skip
         if built not in self._problems:
             problem = check_plan(point, self.spec, self.cluster)
             self._problems[built] = problem.reason if problem else None
@@ -172,7 +181,8 @@ class Evaluator:
     def shape_key(self, point: PlanPoint) -> tuple[Any, ...]:
         """What the step tables of a plan depend on."""
         return (
-            self._identity[point.pool], point.degrees, point.weights, point.activations, point.kv_cache,
+            self._identity[point.pool], point.tensor, point.pipeline, point.expert, point.attention_data,
+            point.weights, point.activations, point.kv_cache,
             point.cuda_graphs, self._sizes(point), _round_up(self.longest_sequence_tokens),
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hardware import InputError
 from planner.plans import PlanSpace
-from planner.search.base import Judged, Outcome, Progress, Rejected, Searcher
+from planner.search.base import Judged, Outcome, Progress, Rejected, Searcher, Support
 from planner.search.cpsat import CpSatSearch
 from planner.search.exhaustive import ExhaustiveSearch
 from planner.search.mcts import MctsSearch
@@ -70,6 +70,7 @@ __all__ = [
     "Progress",
     "Rejected",
     "Searcher",
+    "Support",
     "choose_searcher",
     "front_of",
 ]

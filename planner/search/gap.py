@@ -8,7 +8,7 @@ together. A plan whose bounds were not worked out leaves nothing to say: then th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,19 +76,23 @@ class Gap:
             "unbounded": self.unbounded,
         }
 
-    def words(self) -> str:
-        """`latency at most 12 % better, ...; the front covers at least 93 % of what is possible`."""
-        if self.closed:
-            return "nothing is left open"
-        if self.unbounded:
-            return f"{self.open:,} plans are open, {self.unbounded:,} of them without any bound"
-        parts = [
-            f"{item.name} at most {100 * item.relative:.0f} % better"
-            for item in self.objectives
-            if item.relative is not None
-        ]
-        cover = f"the front covers at least {100 * self.ratio:.0f} % of what is possible"
-        return f"{self.open:,} plans are open: " + "; ".join([", ".join(parts), cover])
+
+def gap_words(gap: Mapping[str, Any]) -> str:
+    """A gap in plain values in one line: `12 plans are open, with latency at most 12 % better; ...`."""
+    if not gap["open"]:
+        return "nothing is left open"
+    if gap["unbounded"]:
+        return f"{gap['open']:,} plans are open, {gap['unbounded']:,} of them without any bound"
+    parts = [
+        f"{name} at most {100 * row['relative']:.0f} % better"
+        for name, row in gap["objectives"].items()
+        if row["relative"] is not None
+    ]
+    covered = 100 * gap["hypervolume"]["ratio"]
+    return (
+        f"{gap['open']:,} plans are open, with {', '.join(parts)}; "
+        f"the front covers at least {covered:.0f} % of what is possible"
+    )
 
 
 def measure_gap(
