@@ -427,22 +427,8 @@ class _Tree:
         return leaf
 
     def _beaten(self, leaf: _Leaf) -> bool:
-        """Whether the front makes a plan superfluous.
-
-        A plan that could only equal a point of the front is kept if it comes first in the space's order:
-        so the front that is found does not depend on the order of the search.
-        """
-        run = self.run
-        if not run.beaten(leaf.item):
-            return False
-        before = np.array([self.place(item) < leaf.place for item in run.incumbents])
-        for piece in leaf.item.pieces:
-            slack = EQUAL * np.abs(piece)
-            beats = np.all(run.front_values <= piece + slack, axis=1)
-            strictly = beats & np.any(run.front_values < piece - slack, axis=1)
-            if not bool((strictly | (beats & before)).any()):
-                return False
-        return True
+        """Whether the front makes a plan superfluous."""
+        return self.run.beaten(leaf.item, leaf.place)
 
     def _finish(self, node: _Node) -> None:
         """Mark a node, and those above it, when nothing is left of them."""

@@ -226,6 +226,8 @@ class SearchRun:
         """Simulate what the bounds cannot exclude, most promising first."""
         if not candidates.items:
             return
+        places = {item.point: index for index, item in enumerate(candidates.items)}
+        self.order = lambda found: places[found.point]
         scores = normalise(candidates.bounds).sum(axis=1)
         order = sorted(range(len(candidates.items)), key=lambda i: (candidates.distance[i] > 0, scores[i], i))
         if prune:
@@ -294,7 +296,7 @@ class SearchRun:
             for index in left[:_ROUND]:
                 if self.stop(done=len(self.judged)):
                     return
-                if prune and self.beaten(candidates.items[index]):
+                if prune and self.beaten(candidates.items[index], int(index)):
                     self.bounded += 1
                     continue
                 yield int(index)
@@ -302,18 +304,35 @@ class SearchRun:
             if ranks is not None and len(left) > _ROUND and self.incumbents:
                 left = left[np.argsort(ranks.scores(left), kind="stable")]
 
-    def beaten(self, item: Bound) -> bool:
-        """Whether simulated plans are nowhere worse than anything that a plan's bound leaves possible."""
+    def beaten(self, item: Bound, place: Any = None) -> bool:
+        """Whether simulated plans are nowhere worse than anything that a plan's bound leaves possible.
+
+        A plan that could only equal a point of the front is kept if its `place` comes before that of the plan
+        there, so that the front that is found does not depend on the order of the search.
+        """
         front = self.front_values
         if not len(front):
             return False
-        if bool(np.any(np.all(front <= item.vector + EQUAL * np.abs(item.vector), axis=1))):
+        corner = np.all(front <= item.vector + EQUAL * np.abs(item.vector), axis=1)
+        if not bool(corner.any()):
+            # A corner that nothing beats may be beaten where the plan can really lie.
+            reach = item.pieces + EQUAL * np.abs(item.pieces)
+            if len(reach) == 1 or not bool(
+                np.all(front[:, None, :] <= reach[None], axis=2).any(axis=0).all()
+            ):
+                return False
+        elif place is None or bool(np.any(front[corner] < item.vector - EQUAL * np.abs(item.vector))):
             return True
-        # A piece that nothing beats at its corner may be beaten where it really lies.
-        reach = item.pieces + EQUAL * np.abs(item.pieces)
-        if len(reach) == 1:
-            return False
-        return bool(np.all(front[:, None, :] <= reach[None], axis=2).any(axis=0).all())
+        if place is None or self.order is None:
+            return True
+        before = np.array([self.order(found) < place for found in self.incumbents])
+        for piece in item.pieces:
+            slack = EQUAL * np.abs(piece)
+            beats = np.all(front <= piece + slack, axis=1)
+            strictly = beats & np.any(front < piece - slack, axis=1)
+            if not bool((strictly | (beats & before)).any()):
+                return False
+        return True
 
     def evaluate(self, point: PlanPoint) -> Judged:
         """Simulate a plan."""
