@@ -37,7 +37,8 @@ import numpy.typing as npt
 from planner.evaluate import Evaluator
 from planner.plans import PlanPoint, PlanSpace
 from planner.search.base import Clock, Judged, Outcome, ProgressCallback, Support
-from planner.search.run import EQUAL, Bound, Ranks, SearchRun, rounded
+from planner.search.rank import Bound, Ranks
+from planner.search.run import EQUAL, SearchRun, rounded
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -164,7 +165,7 @@ class _Tree:
         self.gated: dict[int, _Group] = {}
         self.hopeless: list[tuple[PlanPoint, float, tuple[int, int]]] = []
         self.nodes = self.descents = 0
-        self.ranks = Ranks(run, seed)
+        self.ranks = Ranks(run.objectives, seed)
         self.open: dict[PlanPoint, _Leaf] = {}
         self.queue: list[PlanPoint] = []
         self.turn = 0
@@ -238,7 +239,7 @@ class _Tree:
             else:
                 self.ranks.extend(run.known[len(self.ranks.items) :])
                 left = np.array([self.ranks.at[point] for point in points])
-                order = np.argsort(self.ranks.scores(left), kind="stable")
+                order = np.argsort(self.ranks.scores(left, run.judged, run.front_values), kind="stable")
                 # Few at a time while simulations are few: each teaches the most then.
                 count = max(1, min(_QUEUE, len(run.judged) // 16))
                 self.queue = [points[index] for index in order[:count]][::-1]
