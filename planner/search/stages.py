@@ -110,8 +110,9 @@ def split_layers(
         model.add(sum(leaving[at]) == sum(entering[at]))
     most = max(cost for *_, cost in edges)
     cycle = model.new_int_var(0, most, "cycle")
-    for *_, literal, cost in edges:
-        model.add(cycle >= cost).only_enforce_if(literal)
+    for number in range(len(groups)):
+        # A group gives one stage at the most, so its sum is that stage's time.
+        model.add(cycle >= sum(cost * literal for own, _, _, literal, cost in edges if own == number))
     step = round(transfer_s / longest * _PARTS)
     latency = sum((cost + step) * literal for *_, literal, cost in edges) - step
     solver = cp_model.CpSolver()

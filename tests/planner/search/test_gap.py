@@ -19,7 +19,7 @@ from tests.planner.search import conformance
 makers = st.sampled_from(["exhaustive", "cp-sat", "mcts"]).map(lambda name: SEARCHERS[name])
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     makers,
     st.integers(0, 2**31),

@@ -71,22 +71,22 @@ def test_the_split_is_that_of_brute_force(
 
 def test_the_faster_devices_hold_more_layers() -> None:
     pools = [
-        {"name": "fast", "device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 4},
-        {"name": "slow", "device": "a100-sxm-80gb", "nodes": 1, "devices_per_node": 4},
+        {"name": "fast", "device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 1},
+        {"name": "slow", "device": "a100-sxm-80gb", "nodes": 1, "devices_per_node": 1},
     ]
     asked = Planner().load(
         {
-            "model": "llama-3.1-70b",
+            "model": "llama-3.1-8b",
             "cluster": {"pools": pools, "inter_node": {"kind": "infiniband-400g"}},
             "workload": {"synthetic": {"preset": "chat", "requests": 64}},
         }
     )
     evaluator = asked.evaluator(table_tokens=2048, table_seqs=64)
-    found = plan_stages(evaluator, [("fast", 4), ("slow", 4)], sequences=32, context_tokens=1000)
+    found = plan_stages(evaluator, [("fast", 1), ("slow", 1)], sequences=32, context_tokens=1000)
     held = {row["group"]: row["layers"][1] - row["layers"][0] for row in found["stages"]}
-    assert sum(held.values()) == 80
-    assert held["fast TP4"] > 40 > held["slow TP4"]
+    assert sum(held.values()) == 32
+    assert held["fast TP1"] > 16 > held["slow TP1"]
     assert found["certified"]
     assert found["cycle_s"] < found["even"]["cycle_s"]
     with pytest.raises(InputError, match="do not fit"):
-        plan_stages(evaluator, [("slow", 1)], sequences=32, context_tokens=1000)
+        plan_stages(evaluator, [("slow", 1)], sequences=64, context_tokens=100_000)

@@ -34,7 +34,7 @@ def real(requests: int = 60, **limits: Any) -> tuple[Evaluator, PlanSpace]:
 # --- checkpoints -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(SEARCHERS)), st.integers(0, 2**31), st.integers(2, 60), st.integers(1, 2))
 def test_interrupted_and_resumed_equals_uninterrupted(
     name: str, seed: int, budget: int, workers: int
