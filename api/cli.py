@@ -71,7 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--html", metavar="OUT", help="write the result as one self-contained web page")
     plan.add_argument("--method", choices=METHODS, help="search method (default: the request's)")
     plan.add_argument("--budget", metavar="S", type=float, help="seconds to search (default: the request's)")
-    plan.add_argument("--workers", metavar="N", type=int, help="threads that simulate (default: all cores)")
+    plan.add_argument("--workers", metavar="N", type=int, help="workers that simulate (default: all cores)")
+    plan.add_argument(
+        "--backend",
+        choices=("auto", "threads", "processes", "dask", "ray"),
+        default="auto",
+        help="where they run: this machine's threads or processes, or a dask or ray cluster (default: auto)",
+    )
     plan.add_argument("--quiet", action="store_true", help="no progress")
 
     evaluate = commands.add_parser(
@@ -341,9 +347,11 @@ def _plan(given: argparse.Namespace) -> int:
         plain = plan_there(given.server, data, base, quiet=given.quiet)
     else:
         from planner.pipeline import Planner
+        from planner.search import Support
 
+        support = Support(backend=given.backend)
         with ProgressLine(enabled=not given.quiet) as progress:
-            result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
+            result = Planner(base_dir=base).plan(data, progress=progress, workers=workers, support=support)
         plain = result.model_dump(mode="json")
     if given.json:
         import json

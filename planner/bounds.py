@@ -18,8 +18,16 @@ come from the plan's `StepTables`. The argument:
 * A request's TTFT and end-to-end time are no less than its own work; means and percentiles are
   monotone in each request. The makespan is no less than the latest end of a chain of such
   requests, nor than all work at the worker's best rate: tokens at the least time per token, and
-  attention at the least time per pair or per cached token, each shared by all slots.
-* Overload. At that best rate a worker is a machine that serves work; of all orders, the shortest
+  attention at the least time per pair or per cached token, each shared by all slots. No step holds more
+  sequences than the cap, so there are D / cap steps for D tokens, and each costs the a of a line a + b x
+  tokens that lies below all steps.
+* Load. While n requests are in a worker it makes at most r(n) = max over k <= n of k / step(k) tokens per
+  second, and r lies below lines a + m x n. So D tokens in T seconds of R workers need the integral of n over
+  that time, which is the sum of times in the system, to be at least (D - a R T) / m, for every line. Up to
+  the last arrival T is known. What is left then is held by some K requests at least, no more than the K
+  longest answers; from there on the k-th last of them keeps k in the system for as long as its tokens
+  take. The bound is the least of both parts over all K.
+* Overload. At its best rate a worker is a machine that serves work; of all orders, the shortest
   remaining one first has the least sum of completion times (Schrage, "A proof of the optimality of the
   shortest remaining processing time discipline", 1968), R workers no less than one machine R times as fast.
 * A preempted sequence gets one token from recomputing its prompt in place of a decode step. Where
@@ -44,20 +52,23 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from costmodels.table import Sampled, StepTables
+from costmodels.table import StepTables
+from planner.boundfacts import STATISTICS, Own, ShapeFacts, WorkFacts, cacheable_tokens
 from planner.workload import Workload
+
+__all__ = [
+    "STATISTICS",
+    "WorkBounds",
+    "WorkFacts",
+    "cacheable_tokens",
+    "metric_bounds",
+    "work_bounds",
+]
 
 FloatArray = npt.NDArray[np.float64]
 
-_PERCENTS = (50, 90, 95, 99)
-#: Slopes of the lines below a micro-batch's curve, as shares of its least time per token.
-_SLOPES = np.array([0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.96, 1.0])
 #: Mean end-to-end times at which the energy of the trade-off is worked out, over the least.
 _STRETCH = np.array([1.0, 1.02, 1.05, 1.1, 1.17, 1.26, 1.4, 1.6, 1.9, 2.4, 3.2, 5.0, 10.0, 30.0])
-#: Statistics that bounds know; `WorkFacts.wanted` limits them to what a request asks for.
-STATISTICS = tuple(
-    f"{name}.{stat}" for name in ("ttft_s", "e2e_s") for stat in ("mean", *(f"p{p}" for p in _PERCENTS))
-)
 
 
 @dataclass(slots=True, eq=False)
@@ -77,18 +88,14 @@ class WorkBounds:
     work_s: float
     dynamic_j: float
     queue_mean_s: Callable[[int], float] = field(default=lambda replicas: 0.0)
-    _trade: Callable[[], FloatArray] | None = None
-    _known: FloatArray | None = None
+    _trade: Callable[[float], FloatArray] | None = None
 
-    @property
-    def trade(self) -> FloatArray:
+    def trade(self, least_s: float) -> FloatArray:
         """[k, 2] of (mean end-to-end s, energy above idle J): every outcome is nowhere better than one row.
 
-        Worked out when it is first read: most plans are left out by plainer bounds.
+        `least_s` is a bound on the mean that is known already: rows begin there.
         """
-        if self._known is None:
-            self._known = np.zeros((0, 2)) if self._trade is None else self._trade()
-        return self._known
+        return np.array([[least_s, self.dynamic_j]]) if self._trade is None else self._trade(least_s)
 
 
 @njit(cache=True, nogil=True)
@@ -126,190 +133,6 @@ def _shortest_first(release_s, work_s):  # type: ignore[no-untyped-def]
                 at = low
             heap[at] = item
     return total
-
-
-class WorkFacts:
-    """What bounds read of a workload, worked out once: work of each request with and without a cache."""
-
-    def __init__(
-        self,
-        workload: Workload,
-        *,
-        wanted: frozenset[str] | None = None,
-        request_s: float = 0.0,
-        request_per_token_s: float = 0.0,
-    ) -> None:
-        self.workload, self.wanted = workload, wanted
-        self.inputs = workload.input_tokens.astype(np.float64)
-        self.outputs = workload.output_tokens.astype(np.float64)
-        self.decoded = self.outputs - 1.0
-        self.lead_s = request_s + request_per_token_s * self.inputs
-        #: Keys that the decode steps of each request attend to.
-        self.contexts = self.decoded * self.inputs + self.decoded * (self.decoded + 1.0) / 2.0
-        self.cached = {False: np.zeros_like(self.inputs)}
-        self.cached[True] = cacheable_tokens(workload).astype(np.float64)
-        self.prompt = {flag: self.inputs - cached for flag, cached in self.cached.items()}
-        whole = self.inputs * (self.inputs + 1.0) / 2.0
-        self.pairs = {flag: whole - c * (c + 1.0) / 2.0 for flag, c in self.cached.items()}
-        #: [tokens, pairs, contexts] in sum.
-        self.sums = {
-            flag: (
-                float(prompt.sum() + self.decoded.sum()),
-                float(self.pairs[flag].sum()),
-                float(self.contexts.sum()),
-            )
-            for flag, prompt in self.prompt.items()
-        }
-        self.cacheable = bool(self.cached[True].any())
-        self.output_tokens = float(self.outputs.sum())
-        self.release_s = workload.arrival_s + self.lead_s
-        self.span_s = float(workload.arrival_s.max() - workload.arrival_s.min())
-        if bool((np.diff(self.release_s) < 0).any()):
-            # A long prompt waits longer at the door; releasing in order of arrival is no later.
-            self.release_s = np.minimum.accumulate(self.release_s[::-1])[::-1].copy()
-        self.open_loop = not workload.concurrency and bool((workload.parent < 0).all())
-        self.shapes: dict[int, _ShapeFacts] = {}
-
-    def shape(self, tables: StepTables) -> _ShapeFacts:
-        """The facts of a shape; the last few are kept."""
-        found = self.shapes.get(id(tables))
-        if found is None or found.tables is not tables:
-            if len(self.shapes) > 8:
-                self.shapes.pop(next(iter(self.shapes)))
-            found = self.shapes[id(tables)] = _ShapeFacts(tables, self.inputs)
-        return found
-
-    def wants(self, name: str) -> bool:
-        """Whether a statistic is asked for."""
-        return self.wanted is None or name in self.wanted
-
-
-class _ShapeFacts:
-    """What bounds read of step tables: running minima, so that any batching limit is a lookup."""
-
-    def __init__(self, tables: StepTables, inputs: FloatArray) -> None:
-        self.tables = tables
-        self.stages, self.ranks = tables.pipeline, tables.attention_data
-        self.mixed = _faster(tables.mixed_latency_s, tables.mixed_cycle_s)[1:]
-        self.decode = _faster(tables.decode_latency_s, tables.decode_cycle_s)[1:]
-        self.moe_mixed = _faster(tables.moe_mixed_latency_s, tables.moe_mixed_cycle_s)[1:]
-        self.moe_decode = _faster(tables.moe_decode_latency_s, tables.moe_decode_cycle_s)[1:]
-        self.mixed_least = np.minimum.accumulate(self.mixed)
-        self.mixed_each = np.minimum.accumulate(self.mixed / _counts(self.mixed))
-        self.decode_least = np.minimum.accumulate(self.decode)
-        self.decode_each = np.minimum.accumulate(self.decode / _counts(self.decode))
-        self.moe_each = _least_each(self.moe_mixed)
-        self.moe_least = _least(self.moe_mixed)
-        self.moe_lines = _lines(self.moe_mixed)
-        self.moe_decode_least = np.minimum.accumulate(self.moe_decode)
-        self.moe_decode_each = np.minimum.accumulate(self.moe_decode / _counts(self.moe_decode))
-        self.logits = _least(tables.logits_s[1:])
-        self.pair_s = max(0.0, float(tables.prefill_full_s_per_pair.min()))
-        self.per_context = _per_context(tables)
-        context = float(inputs.min()) + 1.0
-        self.context = context
-        #: [seqs] least decode attention of a step whose fullest slot holds so many.
-        self.attention = _attention_by_sequences(tables, tables.decode_full_s, context, len(self.decode))
-        if tables.cap_tokens:
-            seen = min(context, float(tables.cap_tokens))
-            self.attention = self.attention + _attention_by_sequences(
-                tables, tables.decode_capped_s, seen, len(self.decode)
-            )
-        self.attention_least = np.minimum.accumulate(self.attention)
-        self.joules = _least_joules(tables, "mixed", "decode") / self.ranks
-        self.moe_joules = 0.0
-        if 1 in (self.stages, self.ranks):
-            # Otherwise a partly filled pipeline counts fewer steps than its tokens fill.
-            self.moe_joules = _least_joules(tables, "moe_mixed", "moe_decode")
-        self._lines: dict[int, FloatArray] = {}
-        self._ttft: dict[tuple[int, bool], FloatArray] = {}
-        self._own: dict[tuple[int, bool, float, float], _Own] = {}
-        self._decode_costs: dict[int, tuple[FloatArray, FloatArray]] = {}
-        self._mixed_costs: dict[int, tuple[FloatArray, FloatArray]] = {}
-
-    def mixed_lines(self, budget: int) -> FloatArray:
-        """[k, 2] lines a + b x tokens below a micro-batch of up to `budget` tokens."""
-        if budget not in self._lines:
-            self._lines[budget] = _lines(self.mixed[:budget])
-        return self._lines[budget]
-
-    def ttft(self, facts: WorkFacts, budget: int, prefix: bool) -> FloatArray:
-        """[N] least time to the first token."""
-        key = (budget, prefix)
-        if key not in self._ttft:
-            prompt = facts.prompt[prefix]
-            # With P > 1 tokens of a step are spread over its micro-batches, which halves a chunk's share
-            # at most.
-            share = 1.0 if self.stages == 1 else 0.5
-            found = _highest(self.mixed_lines(budget), prompt)
-            if self.moe_each > 0.0:
-                found = found + _highest(self.moe_lines, prompt * share)
-            found = found + facts.pairs[prefix] * (self.pair_s / self.stages)
-            self._ttft[key] = found + (self.logits + facts.lead_s)
-        return self._ttft[key]
-
-    def own(self, facts: WorkFacts, budget: int, prefix: bool, step: float, attention: float) -> _Own:
-        """What every request needs for itself; `attention` of a step is known when nobody is preempted."""
-        key = (budget, prefix, step, attention)
-        if key not in self._own:
-            ttft = self.ttft(facts, budget, prefix)
-            later = facts.decoded * step
-            if np.isfinite(attention):
-                per_key = self.per_context / (self.stages * self.ranks)
-                later += np.maximum(0.0, facts.contexts * per_key - facts.decoded * attention)
-            e2e = ttft + later
-            statistics = {}
-            for name, values in (("ttft_s", ttft), ("e2e_s", e2e)):
-                if facts.wants(f"{name}.mean"):
-                    statistics[f"{name}.mean"] = float(values.mean())
-                percents = [percent for percent in _PERCENTS if facts.wants(f"{name}.p{percent}")]
-                if percents:
-                    for percent, value in zip(percents, np.percentile(values, percents), strict=True):
-                        statistics[f"{name}.p{percent}"] = float(value)
-            chain = _chain_s(facts.workload, e2e)
-            self._own[key] = _Own(statistics, float(ttft.mean()), float(e2e.mean()), chain)
-        return self._own[key]
-
-    def decode_costs(self, seqs: int) -> tuple[FloatArray, FloatArray]:
-        """Seconds of steps and joules per token of a few batch sizes, each valid up to the next size.
-
-        Batches between two sizes take no less time than any from the first on, and no fewer joules per
-        token than the best up to the second.
-        """
-        if seqs not in self._decode_costs:
-            sizes = _geometric(seqs)
-            seconds = _least_from(self.decode[:seqs], sizes) + _least_from(self.attention[:seqs], sizes)
-            # A micro-batch of a fullest slot of n sequences holds more than n - 1 of each rank.
-            at = np.minimum((sizes - 1) * self.ranks + 1, len(self.moe_decode))
-            seconds = seconds + _least_from(self.moe_decode[: self.ranks * seqs], at)
-            joules = _joules_from(self.tables.energy_j["decode"], sizes, seqs) / self.ranks
-            experts = self.tables.energy_j.get("moe_decode")
-            if self.moe_joules > 0.0 and experts is not None:
-                joules += np.maximum(self.moe_joules, _joules_from(experts, at, self.ranks * seqs))
-            self._decode_costs[seqs] = seconds, joules
-        return self._decode_costs[seqs]
-
-    def mixed_costs(self, budget: int) -> tuple[FloatArray, FloatArray]:
-        """The same of steps with prefill by the tokens of the fullest slot, dense work only."""
-        if budget not in self._mixed_costs:
-            sizes = _geometric(budget)
-            joules = _joules_from(self.tables.energy_j["mixed"], sizes, budget) / self.ranks
-            self._mixed_costs[budget] = _least_from(self.mixed[:budget], sizes), joules + self.moe_joules
-        return self._mixed_costs[budget]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Own:
-    """Least times of single requests, without any competition."""
-
-    statistics: dict[str, float]
-    ttft_mean_s: float
-    e2e_mean_s: float
-    chain_s: float
-
-
-def _geometric(largest: int) -> npt.NDArray[np.int64]:
-    return np.unique(np.geomspace(1, largest, 24).astype(np.int64))
 
 
 def work_bounds(
@@ -354,9 +177,13 @@ def work_bounds(
         has_cache = prefix_caching and facts.workload.block_tokens > 0
         per_context = min(per_context, pair_s if has_cache else max(pair_s, 0.5 * per_token))
     tokens, pairs, contexts = facts.sums[prefix]
-    best = min(per_token, per_decode) / slots + routed / stages
+    cap = float(min(seqs * ranks, len(facts.decoded)))
+    steps = float(facts.decoded.sum()) / cap
+    dense = shape.work_line("dense", budget, seqs, min(per_token, per_decode), steps, tokens / slots)
+    experts = shape.work_line("moe", 0, moe_seqs, routed, steps, tokens / stages)
+    best, each_step = dense[1] / slots + experts[1] / stages, dense[0] + experts[0]
     prefill_s, attention_s = pairs * pair_s / slots, contexts * per_context / slots
-    work_s = tokens * best + prefill_s + attention_s
+    work_s = steps * each_step + tokens * best + prefill_s + attention_s
     watts = max(0.0, tables.prefill_attention_w) * prefill_s
     if not preemption:
         watts += max(0.0, tables.decode_attention_w) * attention_s
@@ -364,15 +191,18 @@ def work_bounds(
     known: dict[int, float] = {}
 
     def queue_mean_s(replicas: int) -> float:
-        """0 where the load is light: then a request's own work says more."""
-        if not facts.open_loop or work_s <= 0.8 * replicas * facts.span_s:
+        """What the load makes of the mean time in the system."""
+        if not facts.open_loop:
             return 0.0
+        loaded = shape.load_mean_s(facts, seqs, replicas, preemption)
+        if work_s <= 0.8 * replicas * facts.span_s:
+            return loaded
         if replicas not in known:
             each = (facts.prompt[prefix] + facts.decoded) * best + facts.pairs[prefix] * (pair_s / slots)
-            each += facts.contexts * (per_context / slots)
+            each += facts.contexts * (per_context / slots) + facts.decoded * (each_step / cap)
             ends = _shortest_first(facts.release_s, each / replicas)
-            known[replicas] = max(0.0, (ends - float(facts.workload.arrival_s.sum())) / len(each))
-        return known[replicas]
+            known[replicas] = (ends - float(facts.workload.arrival_s.sum())) / len(each)
+        return max(loaded, known[replicas])
 
     return WorkBounds(
         statistics=own.statistics,
@@ -388,20 +218,21 @@ def work_bounds(
 
 def _trade(
     facts: WorkFacts,
-    shape: _ShapeFacts,
+    shape: ShapeFacts,
     seqs: int,
     budget: int,
     prefix: bool,
     mixed_s: float,
-    own: _Own,
+    own: Own,
     dynamic: float,
     watts: float,
+    least_s: float,
 ) -> FloatArray:
     """[k, 2] (mean end-to-end s, energy above idle J) that no outcome beats all of; see the module."""
     decoded, count = float(facts.decoded.sum()), len(facts.decoded)
     curves = shape.tables.energy_j
     if decoded <= 0 or "decode" not in curves or "mixed" not in curves:
-        return np.array([[own.e2e_mean_s, dynamic]])
+        return np.array([[least_s, dynamic]])
     # A token of a decode-only step whose fullest slot holds n sequences, and of one with prefill of m
     # tokens: joules and seconds.
     seconds, cost = shape.decode_costs(seqs)
@@ -410,14 +241,14 @@ def _trade(
     slope = -np.diff(cost) / np.maximum(np.diff(seconds), 1e-30)
     prices = np.sort(slope[(slope > 0) & np.isfinite(slope)])
     if not len(prices):
-        return np.array([[own.e2e_mean_s, dynamic]])
+        return np.array([[least_s, dynamic]])
     prices = prices[:: max(1, len(prices) // 10)]
     token = np.minimum(
         (cost[None] + prices[:, None] * seconds[None]).min(axis=1),
         (mixed_cost[None] + prices[:, None] * mixed_time[None]).min(axis=1),
     )
     fixed = (facts.sums[prefix][0] - decoded) * (shape.joules + shape.moe_joules) + watts
-    means = own.e2e_mean_s * _STRETCH
+    means = max(least_s, own.e2e_mean_s) * _STRETCH
     waited = count * (means - own.ttft_mean_s)
     curve = (fixed + decoded * token[:, None] - prices[:, None] * waited[None]).max(axis=0)
     curve = np.maximum(curve, dynamic)
@@ -425,63 +256,6 @@ def _trade(
     # Between two means the energy is no less than at the later one; beyond the last, the plain bound.
     ends = np.append(curve[1 : last + 1], dynamic)
     return np.column_stack((means[: last + 1], ends))
-
-
-def _least_from(values: FloatArray, sizes: npt.NDArray[np.int64]) -> FloatArray:
-    """Least of values (index 0 is size 1) from each size on."""
-    return np.asarray(np.minimum.accumulate(values[::-1])[::-1][sizes - 1], dtype=np.float64)
-
-
-def _joules_from(curve: FloatArray, sizes: npt.NDArray[np.int64], largest: int | None = None) -> FloatArray:
-    """Least joules per token of batches from each size up to before the next one."""
-    end = (int(sizes[-1]) if largest is None else largest) + 1
-    index = np.arange(1, end)
-    each = np.maximum(np.asarray(curve[1:end]), 0.0) / index
-    return np.asarray(np.minimum.reduceat(each, sizes - 1), dtype=np.float64)
-
-
-def _faster(latency: FloatArray, cycle: FloatArray) -> FloatArray:
-    return latency if latency is cycle else np.minimum(latency, cycle)
-
-
-def _counts(values: FloatArray) -> FloatArray:
-    return np.arange(1, len(values) + 1, dtype=np.float64)
-
-
-def _lines(values: FloatArray) -> FloatArray:
-    """[k, 2] of (a, b): a + b x tokens is nowhere above values[tokens - 1], a and b are not negative."""
-    if not len(values):
-        return np.zeros((1, 2))
-    counts = _counts(values)
-    steepest = max(0.0, float((values / counts).min()))
-    if len(values) > 4096:
-        # Of each run of sizes its last bounds the line, its least the curve: a hundred times fewer.
-        starts = np.unique(np.concatenate((np.arange(1024), np.arange(1024, len(values), 64))))
-        ends = np.append(starts[1:], len(values))
-        values, counts = np.minimum.reduceat(values, starts), ends.astype(np.float64)
-    slopes = steepest * _SLOPES
-    above = (values[None] - slopes[:, None] * counts[None]).min(axis=1)
-    found = np.column_stack((np.maximum(above, 0.0), slopes))
-    return np.asarray(found[above >= 0.0] if bool((above >= 0).any()) else [[0.0, 0.0]], dtype=np.float64)
-
-
-def _highest(lines: FloatArray, tokens: FloatArray) -> FloatArray:
-    return np.asarray((lines[:, :1] + lines[:, 1:] * tokens[None]).max(axis=0), dtype=np.float64)
-
-
-def cacheable_tokens(workload: Workload) -> npt.NDArray[np.int64]:
-    """[N] most tokens of each input that a prefix cache can ever hold when the request comes."""
-    block = workload.block_tokens
-    count = len(workload)
-    if block <= 0 or not len(workload.prefix_ids):
-        return np.zeros(count, dtype=np.int64)
-    ids, offset = workload.prefix_ids, workload.prefix_offset
-    shared = np.bincount(ids, minlength=workload.prefix_unique)[ids] > 1
-    # Leading run of shared blocks: up to the first unshared one at or after the row's start.
-    positions = np.append(np.flatnonzero(~shared), len(ids))
-    first = positions[np.searchsorted(positions, offset[:-1], side="left")]
-    run = np.minimum(first, offset[1:]) - offset[:-1]
-    return np.asarray(np.minimum(run, (workload.input_tokens - 1) // block) * block, dtype=np.int64)
 
 
 def metric_bounds(
@@ -502,81 +276,3 @@ def metric_bounds(
         "tpot_s": bounds.step_s,
         **statistics,
     }
-
-
-def _least(values: FloatArray) -> float:
-    return max(0.0, float(values.min())) if len(values) else 0.0
-
-
-def _least_each(values: FloatArray) -> float:
-    """Least of values[i] / (i + 1): the best time (or energy) per token of a curve from 1 on."""
-    return max(0.0, float((values / _counts(values)).min())) if len(values) else 0.0
-
-
-def _least_joules(tables: StepTables, *names: str) -> float:
-    """Least energy per token of the fullest slot over the named tables; 0 when one is missing."""
-    found = []
-    for name in names:
-        curve = tables.energy_j.get(name)
-        if curve is None:
-            return 0.0
-        each = curve.least_each() if isinstance(curve, Sampled) else None
-        found.append(_least_each(np.asarray(curve[1:])) if each is None else max(0.0, each))
-    return min(found)
-
-
-def _attention_by_sequences(
-    tables: StepTables, values: FloatArray, context: float, sequences: int
-) -> FloatArray:
-    """[sequences] least decode attention time of a step by the sequences of its fullest slot, their mean
-    context at least `context`.
-
-    The table is linear between knots, so its least value over contexts lies on a knot or at the given
-    one; between two numbers of sequences it is no less than the line between their least values.
-    """
-    seqs, knots = tables.decode_seq_knots, tables.decode_ctx_knots
-    at = int(np.clip(np.searchsorted(knots, context, side="right") - 1, 0, len(knots) - 2))
-    y = (context - knots[at]) / (knots[at + 1] - knots[at])
-    least = values[:, at] + (values[:, at + 1] - values[:, at]) * y
-    if bool((values[:, -1] < values[:, -2]).any()):
-        return np.zeros(sequences)  # extrapolated with a falling slope, it has no least value
-    beyond = values[:, knots > context]
-    if beyond.size:
-        least = np.minimum(least, beyond.min(axis=1))
-    wanted = np.arange(1, sequences + 1, dtype=np.float64)
-    low = np.clip(np.searchsorted(seqs, wanted, side="right") - 1, 0, len(seqs) - 2)
-    x = (wanted - seqs[low]) / (seqs[low + 1] - seqs[low])
-    found = least[low] + (least[low + 1] - least[low]) * x
-    # Beyond the last knot the line goes on, and falls where the last segment does.
-    return np.asarray(np.maximum(found, 0.0), dtype=np.float64)
-
-
-def _per_context(tables: StepTables) -> float:
-    """b with attention(n, c) >= b * n * c everywhere: bilinear pieces above at their corners are above."""
-    seqs, knots, values = tables.decode_seq_knots, tables.decode_ctx_knots, tables.decode_full_s
-    area = np.outer(seqs, knots)
-    inside = values[area > 0] / area[area > 0]
-    n = seqs[seqs > 0]
-    last = (values[seqs > 0, -1] - values[seqs > 0, -2]) / (n * (knots[-1] - knots[-2]))
-    return max(0.0, min(float(inside.min()), float(last.min())))
-
-
-def _chain_s(workload: Workload, e2e: FloatArray) -> float:
-    """Least time from the first arrival to the last token, each request after its parent."""
-    roots = workload.parent < 0
-    if workload.concurrency:
-        # Clients wait for each answer, so that together they are busy for all of them; not where an
-        # answer triggers several requests at once.
-        children = np.bincount(workload.parent[~roots]) if not roots.all() else np.zeros(1)
-        return float(e2e.max()) if children.max() > 1 else float(e2e.sum()) / workload.concurrency
-    first = float(workload.arrival_s[roots].min())
-    end = np.where(roots, workload.arrival_s + e2e, -np.inf)
-    level = np.flatnonzero(~roots)
-    while len(level):
-        ready = np.isfinite(end[workload.parent[level]])
-        now = level[ready]
-        if not len(now):
-            break  # rows whose parent never runs; the simulator refuses such workloads
-        end[now] = end[workload.parent[now]] + workload.delay_s[now] + e2e[now]
-        level = level[~ready]
-    return float(end.max()) - first

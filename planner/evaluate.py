@@ -25,6 +25,7 @@ from planner.models import ModelSpec, attention_cap_tokens, step_terms
 from planner.objectives import OBJECTIVES, bound_vector
 from planner.plans import PlanPoint, PlanSpace, check_plan, half_format
 from planner.request import Site
+from planner.reuse import Runs
 from planner.simulator import SchedulerConfig, SimulationResult, simulate
 from planner.workload import Workload
 
@@ -82,6 +83,8 @@ class Evaluator:
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
         self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
+        self._last_memory: tuple[PlanPoint, MemoryPlan] | None = None
+        self._runs = Runs(workload)
         self._problems: dict[tuple[Any, ...], str | None] = {}
         self._facts: dict[frozenset[str] | None, WorkFacts] = {}
         self._memory: dict[tuple[Any, ...], MemoryPlan] = {}
@@ -118,13 +121,18 @@ class Evaluator:
 
     def memory(self, point: PlanPoint) -> MemoryPlan:
         """Memory of one worker of the plan, worked out once for plans that differ in nothing it reads."""
+        last = self._last_memory
+        if last is not None and last[0] is point:
+            return last[1]
         key = (
-            point.pool, point.degrees, point.weights, point.kv_cache, point.max_num_seqs,
-            point.max_num_batched_tokens, point.cuda_graphs, point.memory_fraction,
+            point.pool, point.tensor, point.pipeline, point.expert, point.attention_data, point.weights,
+            point.kv_cache, point.max_num_seqs, point.max_num_batched_tokens, point.cuda_graphs,
+            point.memory_fraction,
         )  # fmt: skip
         found = self._memory.get(key)
         if found is None:
             found = self._memory[key] = self._plan_memory(point)
+        self._last_memory = point, found
         return found
 
     def _plan_memory(self, point: PlanPoint) -> MemoryPlan:
@@ -145,7 +153,10 @@ class Evaluator:
 
     def reject(self, point: PlanPoint) -> str | None:
         """Why the plan cannot serve this workload at all, or None."""
-        built = (point.pool, point.replicas, point.degrees, point.weights, point.activations, point.kv_cache)
+        built = (
+            point.pool, point.replicas, point.tensor, point.pipeline, point.expert, point.attention_data,
+            point.weights, point.activations, point.kv_cache,
+        )  # fmt: skip
         if built not in self._problems:
             problem = check_plan(point, self.spec, self.cluster)
             self._problems[built] = problem.reason if problem else None
@@ -174,7 +185,8 @@ class Evaluator:
     def shape_key(self, point: PlanPoint) -> tuple[Any, ...]:
         """What the step tables of a plan depend on."""
         return (
-            self._identity[point.pool], point.degrees, point.weights, point.activations, point.kv_cache,
+            self._identity[point.pool], point.tensor, point.pipeline, point.expert, point.attention_data,
+            point.weights, point.activations, point.kv_cache,
             point.cuda_graphs, self._sizes(point), _round_up(self.longest_sequence_tokens),
         )  # fmt: skip
 
@@ -280,12 +292,19 @@ class Evaluator:
 
     def evaluate(self, point: PlanPoint, *, interval: bool = True) -> Evaluation:
         """Metrics, memory and 90 % interval of a plan that `reject` lets pass."""
-        result, memory = self.run(point)
-        metrics = self._at_the_meter(result.metrics())
-        kv_used = result.peak_kv_blocks * self.engine.block_tokens / max(1, point.attention_data)
-        used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
-        used += min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)
-        metrics["memory_bytes"] = used * point.devices
+        memory = self.memory(point)
+        known = None
+        if not memory.shortfall:
+            shape, config = self.shape_key(point), self.scheduler(point, memory)
+            known = self._runs.find(shape, config)
+        if known is None:
+            result, memory = self.run(point)
+            metrics, peak_blocks = result.metrics(), result.peak_kv_blocks
+            self._runs.add(shape, config, result)
+        else:
+            metrics, peak_blocks = dict(known[0]), known[1]
+        metrics = self._at_the_meter(metrics)
+        metrics["memory_bytes"] = self.used_bytes(point, memory, peak_blocks)
         breakdown = metrics.pop("breakdown_s")
         found = Evaluation(point, metrics, memory, breakdown, {})
         return self.with_interval(found) if interval else found
@@ -299,6 +318,12 @@ class Evaluator:
         factor = self.site.pue * (before + host_j) / before if before > 0 else 1.0
         names = ("energy_j", "energy_j_per_output_token", "power_w", "power_w_per_device")
         return metrics | {name: metrics[name] * factor for name in names}
+
+    def used_bytes(self, point: PlanPoint, memory: MemoryPlan, peak_blocks: int) -> float:
+        """Device memory in use at the peak, all devices, when a worker held so many KV blocks at once."""
+        kv_used = peak_blocks * self.engine.block_tokens / max(1, point.attention_data)
+        used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
+        return (used + min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)) * point.devices
 
     def with_interval(self, evaluation: Evaluation) -> Evaluation:
         """The same evaluation with its 90 % interval.
@@ -407,10 +432,10 @@ class Evaluator:
         """
         if not {"latency", "energy"} <= set(objectives):
             return vector[None]
-        trade = self._work(point, self.wanted(objectives)).trade
+        latency, energy = objectives.index("latency"), objectives.index("energy")
+        trade = self._work(point, self.wanted(objectives)).trade(float(vector[latency]))
         if len(trade) < 2:
             return vector[None]
-        latency, energy = objectives.index("latency"), objectives.index("energy")
         pieces = np.repeat(vector[None], len(trade), axis=0)
         above = (trade[:, 1] - trade[:, 1].min()) * self.site.pue / float(self.workload.output_tokens.sum())
         pieces[:, latency] = np.maximum(vector[latency], trade[:, 0])

@@ -98,6 +98,10 @@ class FakeEvaluator:
     def _misfit(self, point: PlanPoint) -> bool:
         return bool(self._rng(point).spawn(1)[0].random() < self.misfits)
 
+    def memory(self, point: PlanPoint) -> MemoryPlan:
+        """The same for all."""
+        return MEMORY
+
     def wanted(self, objectives: tuple[str, ...]) -> None:
         """All statistics."""
 
