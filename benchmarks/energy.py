@@ -29,7 +29,8 @@ def question(row: Any) -> dict[str, Any]:
     tensor = int(row.tensor_parallel)
     formats = {"bfloat16": "bf16", "fp8": "fp8"}.get(row.weight_precision, "fp4")
     hot = {"fp4": "fp8" if row.gpu_model == "B200" else "bf16"}.get(formats, formats)
-    ranks = copies if row.expert_parallel > 1 and copies > 1 else 1
+    # Experts over all devices: attention runs data parallel on those that no tensor group takes.
+    ranks = max(1, int(row.num_gpus) // tensor) if row.expert_parallel > 1 else 1
     return {
         "model": row.model_id,
         "engine": {"name": "vllm"},
@@ -51,7 +52,7 @@ def question(row: Any) -> dict[str, Any]:
             }
         },
         "plan": {
-            "replicas": copies // ranks,
+            "replicas": copies if ranks == 1 else 1,
             "worker": {
                 "parallelism": {
                     "tensor": tensor, "attention_data": ranks,
