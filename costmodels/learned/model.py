@@ -27,6 +27,7 @@ from costmodels.learned.shapes import (
     MLA_LATENT,
     MLA_VALUE,
     bound_s,
+    closed_form,
     columns,
     make_batch,
     rates_of,
@@ -174,7 +175,9 @@ class LearnedModel:
             twin = find(f"{device.kernels_like}/{self.engine}/{ending}", device, twin=True)
             if twin is not None:
                 return twin, "transferred", _TWIN
-        if asked.family in ("mla_prefill", "mla_decode", "bmm"):
+        form = closed_form(asked.family, device, self.engine, asked.dtype).fit
+        if form.device == device.name and form.engine != self.engine:
+            # Not measured under this engine: the closed form would be another engine's as well.
             for engine in _ENGINES:
                 other = find(f"{device.name}/{engine}/{ending}", device)
                 if other is not None:
