@@ -251,6 +251,39 @@ def stacked_bar(
     return "".join(parts)
 
 
+def histogram(
+    heights: Sequence[float],
+    *,
+    low: float,
+    high: float,
+    unit: str,
+    title: str,
+    description: str,
+    ident: str,
+) -> str:
+    """Bars side by side over [low, high] without a scale: a shape to recognise. "" when empty."""
+    most = max(heights, default=0.0)
+    if not most > 0:
+        return ""
+    width, height, base = 300, 96, 74
+    step = width / len(heights)
+    parts = [_open(width, height, "histogram", title, description, ident)]
+    parts.append(f'<path class="axis" d="M0 {base}.5H{width}"/>')
+    for index, value in enumerate(heights):
+        if value > 0:
+            tall = max(1.0, (base - 4) * value / most)
+            parts.append(
+                f'<rect class="bin" x="{_n(index * step + 0.5)}" y="{_n(base - tall)}" '
+                f'width="{_n(max(1.0, step - 1))}" height="{_n(tall)}"/>'
+            )
+    factor, shown = scale([high], unit)
+    suffix = f" {shown}" if shown else ""
+    parts.append(_text(0, height - 5, number(low / factor), "tick"))
+    parts.append(_text(width, height - 5, number(high / factor) + suffix, "tick", "end"))
+    parts.append("</svg>")
+    return "".join(parts)
+
+
 def _shown(value: float, unit: str) -> str:
     factor, shown = scale([value], unit)
     return f"{number(value / factor)} {shown}".strip()
