@@ -9,6 +9,8 @@ becomes a run with an address of its own; without one, its result is shown and n
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -20,7 +22,8 @@ from api.app import create_api
 from api.errors import ApiError, problem_response
 from api.settings import Settings
 from costmodels import artifact_rows
-from web import assets, planning, run_pages
+from web import assets, compare, planning, run_pages, studies, traces
+from web.jobs import Jobs
 from web.page import back_to, html, sent_fields, service_of
 from web.pages import CATALOG_KINDS, catalog_page, login_page, render
 from web.session import COOKIE, SessionGate, Sessions, safe_target, session_name
@@ -43,9 +46,25 @@ def create_app(
     app.state.sessions = Sessions()
     # Inside the outermost layer, whose headers its answers need too, and outside the gate that asks for keys.
     app.user_middleware.insert(1, Middleware(SessionGate, sessions=app.state.sessions, store=app.state.store))
-    for part in (router, planning.router, run_pages.router, assets.router):
-        app.include_router(part)
+    app.state.jobs = Jobs()
+    parts = (router, planning, run_pages, compare, studies, traces, assets)
+    for part in parts:
+        app.include_router(part if isinstance(part, APIRouter) else part.router)
+    _close_with(app, app.state.jobs)
     return app
+
+
+def _close_with(app: FastAPI, jobs: Jobs) -> None:
+    """End studies when the application ends."""
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with inner(app) as state:
+            yield state
+            jobs.close()
+
+    app.router.lifespan_context = lifespan
 
 
 def respond(request: Request, error: ApiError) -> Response:

@@ -7,6 +7,7 @@ page's style sheet, so that one drawing serves light, dark and print.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -247,6 +248,55 @@ def stacked_bar(
             parts.append(_text(at + 7, 19, lines[0], f"on-{css}"))
             parts.append(_text(at + 7, 35, lines[1], f"on-{css}"))
         at += width
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def line(
+    points: Sequence[Mapping[str, Any]],
+    *,
+    x: Mapping[str, str],
+    y: Mapping[str, str],
+    title: str,
+    description: str,
+    ident: str,
+) -> str:
+    """Values over one thing that moves, joined in order; a ring where no plan meets the targets.
+
+    A point is `{"x", "y", "ok", "label"}`: the line is broken where the label changes. "" when there are
+    fewer than two points.
+    """
+    drawable = sorted((p for p in points if _finite(p["x"]) and _finite(p["y"])), key=lambda p: float(p["x"]))
+    if len(drawable) < 2:
+        return ""
+    height, top = 280, 34
+    across = _Axis([p["x"] for p in drawable], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
+    up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], height - _BOTTOM, top)
+    parts = [_open(WIDTH, height, "line", title, description, ident)]
+    for tick in across.ticks:
+        place = across.place_shown(tick)
+        parts.append(f'<path class="grid" d="M{_n(place)} {top}V{height - _BOTTOM}"/>')
+        anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
+        parts.append(_text(min(place, WIDTH - 2), height - _BOTTOM + 17, number(tick), "tick", anchor))
+    for tick in up.ticks:
+        place = up.place_shown(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT} {_n(place)}H{WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 7, place + 4, number(tick), "tick", "end"))
+    parts.append(f'<path class="axis" d="M{_LEFT} {top}V{height - _BOTTOM}H{WIDTH - _RIGHT}"/>')
+    logs = {True: ", log scale", False: ""}
+    parts.append(_text(WIDTH - _RIGHT, height - 8, across.label + logs[across.log], "label", "end"))
+    parts.append(_text(4, 16, up.label + logs[up.log], "label"))
+    places = [(across.place(p["x"]), up.place(p["y"]), p) for p in drawable]
+    for (x1, y1, first), (x2, y2, second) in itertools.pairwise(places):
+        css = "step-line" if first["label"] == second["label"] else "step-line change"
+        parts.append(f'<path class="{css}" d="M{_n(x1)} {_n(y1)}L{_n(x2)} {_n(y2)}"/>')
+    for at_x, at_y, point in places:
+        tip = f"{_shown(float(point['x']), x['unit'])}: {_shown(float(point['y']), y['unit'])}"
+        css = "dot" if point["ok"] else "m-misses"
+        parts.append(
+            f'<circle class="{css}" cx="{_n(at_x)}" cy="{_n(at_y)}" r="4.5">'
+            f"<title>{escape(tip)}</title></circle>"
+        )
     parts.append("</svg>")
     return "".join(parts)
 

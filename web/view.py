@@ -184,6 +184,7 @@ def _parts(
             "css": "seg-free" if key in ("free", "idle") else f"seg-{index}",
         }
         for index, (key, label) in enumerate(names.items())
+        if float(values.get(key, 0.0)) > 0
     ], total
 
 
