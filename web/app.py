@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from api.app import create_api
 from api.errors import ApiError, problem_response
+from api.middleware import BodyLimit
 from api.settings import Settings
 from costmodels import artifact_rows
 from web import assets, compare, planning, run_pages, studies, traces
@@ -46,6 +47,11 @@ def create_app(
     app.state.sessions = Sessions()
     # Inside the outermost layer, whose headers its answers need too, and outside the gate that asks for keys.
     app.user_middleware.insert(1, Middleware(SessionGate, sessions=app.state.sessions, store=app.state.store))
+    layer: Any
+    for layer in app.user_middleware:
+        if layer.cls is BodyLimit:  # the page that takes traces takes as much as the API does
+            limits = {**layer.kwargs["limits"], "/traces": app.state.settings.max_upload_bytes}
+            layer.kwargs["limits"] = limits
     app.state.jobs = Jobs()
     parts = (router, planning, run_pages, compare, studies, traces, assets)
     for part in parts:

@@ -83,6 +83,12 @@ class _Axis:
         if len(self.ticks) < 2:
             self.ticks = [self.ticks[0], self.ticks[0] * 10] if self.log else ticks(low, low)
         self.start, self.end = start, end
+        # As many digits as tell neighbours apart.
+        self.labels = [number(tick) for tick in self.ticks]
+        for digits in (4, 5, 6):
+            if len(set(self.labels)) == len(self.labels):
+                break
+            self.labels = [number(tick, digits) for tick in self.ticks]
 
     def place(self, value: float) -> float:
         """Units of the view box of a value in the unit it was given in."""
@@ -161,15 +167,15 @@ def scatter(
     across = _Axis([p["x"] for p in drawable], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
     up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], HEIGHT - _BOTTOM, _TOP)
     parts = [_open(WIDTH, HEIGHT, "scatter", title, description, ident)]
-    for tick in across.ticks:
+    for tick, told in zip(across.ticks, across.labels, strict=True):
         place = across.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_n(place)} {_TOP}V{HEIGHT - _BOTTOM}"/>')
         anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
-        parts.append(_text(min(place, WIDTH - 2), HEIGHT - _BOTTOM + 17, number(tick), "tick", anchor))
-    for tick in up.ticks:
+        parts.append(_text(min(place, WIDTH - 2), HEIGHT - _BOTTOM + 17, told, "tick", anchor))
+    for tick, told in zip(up.ticks, up.labels, strict=True):
         place = up.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {_n(place)}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 7, place + 4, number(tick), "tick", "end"))
+        parts.append(_text(_LEFT - 7, place + 4, told, "tick", "end"))
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     logs = {True: ", log scale", False: ""}
     parts.append(
@@ -273,15 +279,15 @@ def line(
     across = _Axis([p["x"] for p in drawable], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
     up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], height - _BOTTOM, top)
     parts = [_open(WIDTH, height, "line", title, description, ident)]
-    for tick in across.ticks:
+    for tick, told in zip(across.ticks, across.labels, strict=True):
         place = across.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_n(place)} {top}V{height - _BOTTOM}"/>')
         anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
-        parts.append(_text(min(place, WIDTH - 2), height - _BOTTOM + 17, number(tick), "tick", anchor))
-    for tick in up.ticks:
+        parts.append(_text(min(place, WIDTH - 2), height - _BOTTOM + 17, told, "tick", anchor))
+    for tick, told in zip(up.ticks, up.labels, strict=True):
         place = up.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {_n(place)}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 7, place + 4, number(tick), "tick", "end"))
+        parts.append(_text(_LEFT - 7, place + 4, told, "tick", "end"))
     parts.append(f'<path class="axis" d="M{_LEFT} {top}V{height - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     logs = {True: ", log scale", False: ""}
     parts.append(_text(WIDTH - _RIGHT, height - 8, across.label + logs[across.log], "label", "end"))
@@ -356,11 +362,11 @@ def ranges(rows: Sequence[Mapping[str, Any]], *, unit: str, title: str, descript
     axis = _Axis(values, title, unit, left, WIDTH - _RIGHT - 6)
     parts = [_open(WIDTH, height, "ranges", title, description, ident)]
     bottom = top + step * len(shown)
-    for tick in axis.ticks:
+    for tick, told in zip(axis.ticks, axis.labels, strict=True):
         place = axis.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_n(place)} {top}V{bottom}"/>')
         anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
-        parts.append(_text(min(place, WIDTH - 2), bottom + 16, number(tick), "tick", anchor))
+        parts.append(_text(min(place, WIDTH - 2), bottom + 16, told, "tick", anchor))
     for index, row in enumerate(shown):
         middle = top + step * (index + 0.5)
         parts.append(_text(left - 8, middle + 4, str(row["label"]), "tick", "end"))

@@ -36,6 +36,11 @@ from web.view import AXES, plan_label, request_yaml
 
 router = APIRouter(include_in_schema=False)
 _PAGE = 25
+#: The chart becomes a picture in the page itself, and plotly.js probes the browser with one style attribute.
+_CHART_POLICY = (
+    "img-src 'self' data: blob:; "
+    "style-src 'self' 'unsafe-hashes' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
+)
 #: Runs that a search by words looks through, newest first.
 _MOST_SEARCHED = 2_000
 STATUS_WORDS = {
@@ -295,8 +300,7 @@ async def run_page(request: Request, run_id: str) -> HTMLResponse:
         return html(request, "run_ended.html", here="runs", run=facts)
     shown = await result_view_of(request, run_id, found[1])
     page = html(request, "run_result.html", here="runs", run=facts, r=shown, **_choice(request, shown))
-    # The chart is turned into a picture in the page itself.
-    page.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; img-src 'self' data: blob:"
+    page.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; {_CHART_POLICY}"
     return page
 
 

@@ -42,7 +42,7 @@ models:
   workload: {synthetic: {preset: chat, requests: 300}}
   slo: {ttft_s: {p95: 0.5}, tpot_s: {p95: 0.03}}
 - name: code
-  model: qwen2.5-coder-7b
+  model: qwen2.5-7b
   rate_rps: 10
   workload: {synthetic: {preset: code-completion, requests: 300}}
   slo: {ttft_s: {p95: 0.8}}
@@ -310,7 +310,7 @@ async def fleet_answer(request: Request, job_id: str) -> HTMLResponse:
 def _fleet_view(answer: Mapping[str, Any]) -> dict[str, Any]:
     periods = []
     for index, period in enumerate(answer["periods"]):
-        pools = []
+        pools: list[dict[str, Any]] = []
         for pool in period["pools"]:
             used, total = pool["devices_used"], pool["devices"]
             svg = charts.stacked_bar(

@@ -14,6 +14,9 @@ async function refresh() {
     if (reply.status === 205) { location.reload(); return; }
     if (reply.ok) {
       box.innerHTML = await reply.text();
+      const state = box.querySelector(".live-state").dataset;
+      document.querySelector(".meta .badge").textContent = state.words;
+      if (state.stopping) for (const b of document.querySelectorAll(".run-actions form button")) { b.disabled = true; b.textContent = "Stopping…"; }
       const words = box.querySelector(".live-words strong")?.textContent ?? "";
       if (words !== lastWords) { said.textContent = words; lastWords = words; }
     }
