@@ -19,6 +19,8 @@ from web.forms import (
 )
 from web.view import request_yaml
 
+#: Fields that stand ready when traffic is of another kind.
+_SHAPE = ("process", "shape_rate", "in_kind", "in_mean", "in_cv", "out_kind", "out_mean", "out_cv")
 _LENGTH_FIELDS = {
     "constant": {"value"},
     "uniform": {"low", "high"},
@@ -36,7 +38,7 @@ _ARRIVAL_FIELDS = {
 def fields_of(data: Any, label: str = "", notes: str = "") -> Form:
     """A form that says the same as a request (any plain value; never raises)."""
     form = Form(values=dict.fromkeys(DEFAULTS, ""), pools=[], objectives=())
-    for name in ("engine", "traffic", "preset", "process", "in_kind", "out_kind", "method"):
+    for name in ("engine", "traffic", "preset", "method", *_SHAPE):
         form.values[name] = DEFAULTS[name]
     for _, stat, _ in SLO_FIELDS.values():
         form.values[stat] = "p95"
@@ -175,6 +177,8 @@ def _workload(form: Form, left: dict[str, Any]) -> None:
         form.values["rate"] = text(arrivals["rate_rps"]) if arrivals else ""
         return
     form.values["traffic"] = "shape"
+    for name in _SHAPE:
+        form.values[name] = DEFAULTS[name] if name in ("process", "in_kind", "out_kind") else ""
     if preset is not None:
         # The form shows what the preset stands for, and the request says the same without it.
         synthetic.pop("preset")

@@ -344,40 +344,50 @@ def _url(name: str, address: str, finished: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def phone(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 390, "height": 844}, device_scale_factor=1)
-    yield context.new_page()
-    context.close()
+def looks(browser: Any) -> Iterator[dict[str, Any]]:
+    """A phone by day and a desk by night."""
+    contexts = {
+        "phone": browser.new_context(viewport={"width": 390, "height": 844}, bypass_csp=True),
+        "desk": browser.new_context(color_scheme="dark", bypass_csp=True),
+    }
+    yield {name: context.new_page() for name, context in contexts.items()}
+    for context in contexts.values():
+        context.close()
+
+
+def serious(page: Any, **options: Any) -> list[tuple[str, ...]]:
+    """What axe finds that keeps people out; nothing where it is not installed."""
+    try:
+        from axe_playwright_python.sync_playwright import Axe
+    except ImportError:
+        return []
+    return [
+        (v["id"], v["nodes"][0]["html"][:160], v["nodes"][0].get("failureSummary", "")[:300])
+        for v in Axe().run(page, **options).response["violations"]
+        if v["impact"] in ("serious", "critical")
+    ]
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_a_phone_never_scrolls_sideways(phone: Any, address: str, finished: str, name: str) -> None:
-    phone.goto(_url(name, address, finished))
-    if name == "result":
-        phone.wait_for_selector("#explorer[data-ready]")
+def test_every_page_fits_a_phone_and_everybody(
+    looks: dict[str, Any], address: str, finished: str, name: str
+) -> None:
+    phone, desk = looks["phone"], looks["desk"]
+    for page in (phone, desk):
+        page.goto(_url(name, address, finished))
+        if name == "result":
+            page.wait_for_selector("#explorer[data-ready]")
     wide = phone.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390, phone.evaluate(
         "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 391)"
         ".slice(0, 5).map(e => e.outerHTML.slice(0, 120))"
     )
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_axe_finds_nothing_serious(browser: Any, address: str, finished: str, name: str) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
-    for scheme in ("light", "dark"):
-        context = browser.new_context(color_scheme=scheme, bypass_csp=True)
-        page = context.new_page()
-        page.goto(_url(name, address, finished))
-        if name == "result":
-            page.wait_for_selector("#explorer[data-ready]")
-        found = axe.Axe().run(page).response["violations"]
-        context.close()
-        assert [
-            (v["id"], v["nodes"][0]["html"][:160], v["nodes"][0].get("failureSummary", "")[:300])
-            for v in found
-            if v["impact"] in ("serious", "critical")
-        ] == []
+    assert serious(phone) == []
+    assert serious(desk, options={"runOnly": {"type": "rule", "values": ["color-contrast"]}}) == []
+    assert phone.locator("h1").count() == 1
+    assert phone.evaluate(
+        "[...document.querySelectorAll('svg[role=img]')].every(s => s.querySelector('title, desc'))"
+    )
 
 
 def test_budgets_of_bytes_and_requests(browser: Any, address: str, finished: str) -> None:
