@@ -7,6 +7,7 @@ page's style sheet, so that one drawing serves light, dark and print.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -82,6 +83,12 @@ class _Axis:
         if len(self.ticks) < 2:
             self.ticks = [self.ticks[0], self.ticks[0] * 10] if self.log else ticks(low, low)
         self.start, self.end = start, end
+        # As many digits as tell neighbours apart.
+        self.labels = [number(tick) for tick in self.ticks]
+        for digits in (4, 5, 6):
+            if len(set(self.labels)) == len(self.labels):
+                break
+            self.labels = [number(tick, digits) for tick in self.ticks]
 
     def place(self, value: float) -> float:
         """Units of the view box of a value in the unit it was given in."""
@@ -160,15 +167,15 @@ def scatter(
     across = _Axis([p["x"] for p in drawable], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
     up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], HEIGHT - _BOTTOM, _TOP)
     parts = [_open(WIDTH, HEIGHT, "scatter", title, description, ident)]
-    for tick in across.ticks:
+    for tick, told in zip(across.ticks, across.labels, strict=True):
         place = across.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_n(place)} {_TOP}V{HEIGHT - _BOTTOM}"/>')
         anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
-        parts.append(_text(min(place, WIDTH - 2), HEIGHT - _BOTTOM + 17, number(tick), "tick", anchor))
-    for tick in up.ticks:
+        parts.append(_text(min(place, WIDTH - 2), HEIGHT - _BOTTOM + 17, told, "tick", anchor))
+    for tick, told in zip(up.ticks, up.labels, strict=True):
         place = up.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_LEFT} {_n(place)}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 7, place + 4, number(tick), "tick", "end"))
+        parts.append(_text(_LEFT - 7, place + 4, told, "tick", "end"))
     parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     logs = {True: ", log scale", False: ""}
     parts.append(
@@ -251,6 +258,88 @@ def stacked_bar(
     return "".join(parts)
 
 
+def line(
+    points: Sequence[Mapping[str, Any]],
+    *,
+    x: Mapping[str, str],
+    y: Mapping[str, str],
+    title: str,
+    description: str,
+    ident: str,
+) -> str:
+    """Values over one thing that moves, joined in order; a ring where no plan meets the targets.
+
+    A point is `{"x", "y", "ok", "label"}`: the line is broken where the label changes. "" when there are
+    fewer than two points.
+    """
+    drawable = sorted((p for p in points if _finite(p["x"]) and _finite(p["y"])), key=lambda p: float(p["x"]))
+    if len(drawable) < 2:
+        return ""
+    height, top = 280, 34
+    across = _Axis([p["x"] for p in drawable], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
+    up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], height - _BOTTOM, top)
+    parts = [_open(WIDTH, height, "line", title, description, ident)]
+    for tick, told in zip(across.ticks, across.labels, strict=True):
+        place = across.place_shown(tick)
+        parts.append(f'<path class="grid" d="M{_n(place)} {top}V{height - _BOTTOM}"/>')
+        anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
+        parts.append(_text(min(place, WIDTH - 2), height - _BOTTOM + 17, told, "tick", anchor))
+    for tick, told in zip(up.ticks, up.labels, strict=True):
+        place = up.place_shown(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT} {_n(place)}H{WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 7, place + 4, told, "tick", "end"))
+    parts.append(f'<path class="axis" d="M{_LEFT} {top}V{height - _BOTTOM}H{WIDTH - _RIGHT}"/>')
+    logs = {True: ", log scale", False: ""}
+    parts.append(_text(WIDTH - _RIGHT, height - 8, across.label + logs[across.log], "label", "end"))
+    parts.append(_text(4, 16, up.label + logs[up.log], "label"))
+    places = [(across.place(p["x"]), up.place(p["y"]), p) for p in drawable]
+    for (x1, y1, first), (x2, y2, second) in itertools.pairwise(places):
+        css = "step-line" if first["label"] == second["label"] else "step-line change"
+        parts.append(f'<path class="{css}" d="M{_n(x1)} {_n(y1)}L{_n(x2)} {_n(y2)}"/>')
+    for at_x, at_y, point in places:
+        tip = f"{_shown(float(point['x']), x['unit'])}: {_shown(float(point['y']), y['unit'])}"
+        css = "dot" if point["ok"] else "m-misses"
+        parts.append(
+            f'<circle class="{css}" cx="{_n(at_x)}" cy="{_n(at_y)}" r="4.5">'
+            f"<title>{escape(tip)}</title></circle>"
+        )
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def histogram(
+    heights: Sequence[float],
+    *,
+    low: float,
+    high: float,
+    unit: str,
+    title: str,
+    description: str,
+    ident: str,
+) -> str:
+    """Bars side by side over [low, high] without a scale: a shape to recognise. "" when empty."""
+    most = max(heights, default=0.0)
+    if not most > 0:
+        return ""
+    width, height, base = 300, 96, 74
+    step = width / len(heights)
+    parts = [_open(width, height, "histogram", title, description, ident)]
+    parts.append(f'<path class="axis" d="M0 {base}.5H{width}"/>')
+    for index, value in enumerate(heights):
+        if value > 0:
+            tall = max(1.0, (base - 4) * value / most)
+            parts.append(
+                f'<rect class="bin" x="{_n(index * step + 0.5)}" y="{_n(base - tall)}" '
+                f'width="{_n(max(1.0, step - 1))}" height="{_n(tall)}"/>'
+            )
+    factor, shown = scale([high], unit)
+    suffix = f" {shown}" if shown else ""
+    parts.append(_text(0, height - 5, number(low / factor), "tick"))
+    parts.append(_text(width, height - 5, number(high / factor) + suffix, "tick", "end"))
+    parts.append("</svg>")
+    return "".join(parts)
+
+
 def _shown(value: float, unit: str) -> str:
     factor, shown = scale([value], unit)
     return f"{number(value / factor)} {shown}".strip()
@@ -273,11 +362,11 @@ def ranges(rows: Sequence[Mapping[str, Any]], *, unit: str, title: str, descript
     axis = _Axis(values, title, unit, left, WIDTH - _RIGHT - 6)
     parts = [_open(WIDTH, height, "ranges", title, description, ident)]
     bottom = top + step * len(shown)
-    for tick in axis.ticks:
+    for tick, told in zip(axis.ticks, axis.labels, strict=True):
         place = axis.place_shown(tick)
         parts.append(f'<path class="grid" d="M{_n(place)} {top}V{bottom}"/>')
         anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
-        parts.append(_text(min(place, WIDTH - 2), bottom + 16, number(tick), "tick", anchor))
+        parts.append(_text(min(place, WIDTH - 2), bottom + 16, told, "tick", anchor))
     for index, row in enumerate(shown):
         middle = top + step * (index + 0.5)
         parts.append(_text(left - 8, middle + 4, str(row["label"]), "tick", "end"))

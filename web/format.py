@@ -24,6 +24,7 @@ _SCALES: dict[str, tuple[tuple[float, str], ...]] = {
     "req/s": ((1.0, "requests/s"),),
     "USD/Mtok": ((1.0, "USD"),),
     "USD/h": ((1.0, "USD/h"),),
+    "USD/day": ((1.0, "USD a day"),),
     "": ((1.0, ""),),
 }
 #: Above these a larger unit reads better; seconds stay seconds up to two minutes.

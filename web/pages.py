@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +10,20 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from planner.pipeline import version
+from web.assets import plotly_address, static_address
 from web.format import billions, count, number, percent, quantity
 
 HERE = Path(__file__).resolve().parent
-STATIC = HERE / "static"
+#: Where a page stands in the navigation: key -> (address, words).
+NAVIGATION = (
+    ("plan", "/", "Plan"),
+    ("runs", "/runs", "Runs"),
+    ("compare", "/compare", "Compare"),
+    ("sweep", "/sweep", "Sweep"),
+    ("fleet", "/fleet", "Fleet"),
+    ("traces", "/traces", "Traces"),
+    ("catalog", "/catalog/devices", "Catalog"),
+)
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +36,16 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals.update(version=version(), static=static_address, here="")
+    found.globals.update(
+        version=version(),
+        static=static_address,
+        plotly=plotly_address(),
+        here="",
+        stored=False,
+        csrf="",
+        who="",
+        navigation=NAVIGATION,
+    )
     return found
 
 
@@ -36,15 +54,9 @@ def render(template: str, **values: Any) -> str:
     return environment().get_template(template).render(**values)
 
 
-@lru_cache(maxsize=64)
-def fingerprint(name: str) -> str:
-    """What the content of a static file is known by in its address."""
-    return hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:12]
-
-
-def static_address(name: str) -> str:
-    """The address of a static file: it changes with the content, so browsers may keep it for good."""
-    return f"/static/{fingerprint(name)}/{name}"
+def login_page(target: str, problem: str = "") -> str:
+    """The page that takes an API key."""
+    return render("login.html", target=target, problem=problem)
 
 
 # --- catalogs ------------------------------------------------------------------------------------
@@ -56,26 +68,30 @@ _WORDS = {
     "command line.",
     "engines": "Engine profiles: what a version does by default, and what its host side costs.",
     "workloads": "Kinds of traffic, with lengths as they were published.",
+    "costmodels": "Predictors of kernel times, learned from published measurements. The error is that on "
+    "data which was held out; the closed form is what they correct.",
 }
 CATALOG_KINDS = tuple(_WORDS)
+_TITLES = {"costmodels": "Cost models"}
 
 
-def catalog_page(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page of a catalog (`kind` one of `CATALOG_KINDS`)."""
+def catalog_page(kind: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page of a catalog shows (`kind` one of `CATALOG_KINDS`)."""
     columns, cells = {
         "devices": _devices,
         "models": _models,
         "engines": _engines,
         "workloads": _workloads,
+        "costmodels": _costmodels,
     }[kind](rows)
-    return render(
-        "catalog.html",
-        here=kind,
-        kind=kind,
-        words=_WORDS[kind],
-        columns=[{"title": title.removeprefix("#"), "number": title.startswith("#")} for title in columns],
-        rows=[{"id": str(row["name"]), "cells": line} for row, line in zip(rows, cells, strict=True)],
-    )
+    return {
+        "here": "catalog",
+        "kind": kind,
+        "kinds": [(name, _TITLES.get(name, name.capitalize())) for name in CATALOG_KINDS],
+        "words": _WORDS[kind],
+        "columns": [{"title": title.removeprefix("#"), "number": title.startswith("#")} for title in columns],
+        "rows": [{"id": str(row["name"]), "cells": line} for row, line in zip(rows, cells, strict=True)],
+    }
 
 
 _Table = tuple[list[str], list[list[str]]]
@@ -199,3 +215,28 @@ def _lengths(row: Mapping[str, Any]) -> str:
     if kind == "uniform":
         return f"{count(row['low'])} to {count(row['high'])}"
     return f"{kind}, mean {count(row.get('mean'))}"
+
+
+def _costmodels(rows: Sequence[Mapping[str, Any]]) -> _Table:
+    columns = [
+        "Predictor",
+        "#Measurements",
+        "#Error",
+        "#P90 error",
+        "#Closed form alone",
+        "#Coverage",
+        "Source",
+    ]
+    lines = [
+        [
+            row["name"],
+            count(row.get("rows")),
+            percent(row.get("mape")),
+            percent(row.get("p90")),
+            percent(row.get("closed_form_mape")),
+            percent(row.get("coverage")),
+            row.get("source", ""),
+        ]
+        for row in rows
+    ]
+    return columns, lines

@@ -7,7 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from web.pages import STATIC, render
+from web.assets import STATIC
+from web.pages import render
 from web.view import result_view
 
 

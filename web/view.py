@@ -29,14 +29,14 @@ LATENCIES = {
     "itl_s": "Inter-token latency",
     "e2e_s": "End-to-end latency",
 }
-_MEMORY = {
+MEMORY = {
     "weights": "Weights",
     "kv_cache": "KV cache",
     "activations": "Activations",
     "runtime": "Runtime",
     "free": "Free",
 }
-_TIME = {
+TIME = {
     "gemm": "Matrix products",
     "attention": "Attention",
     "moe": "Experts",
@@ -44,9 +44,9 @@ _TIME = {
     "host": "Host",
     "idle": "Idle",
 }
-_SHORT = {"latency": "E2E latency", "ttft": "TTFT p95", "tpot": "TPOT p95", "throughput": "Throughput",
+SHORT = {"latency": "E2E latency", "ttft": "TTFT p95", "tpot": "TPOT p95", "throughput": "Throughput",
           "energy": "Energy", "memory": "Memory", "cost": "Cost"}  # fmt: skip
-_AXES = {"latency": "Mean end-to-end latency", "ttft": "TTFT p95", "tpot": "TPOT p95",
+AXES = {"latency": "Mean end-to-end latency", "ttft": "TTFT p95", "tpot": "TPOT p95",
          "throughput": "Output throughput", "energy": "Energy per output token",
          "memory": "Peak device memory, all devices", "cost": "Cost per million output tokens"}  # fmt: skip
 
@@ -103,10 +103,11 @@ def plan_settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def objective_cells(names: Sequence[str], metrics: Mapping[str, Any]) -> list[str]:
     """A plan's objective values as text."""
-    return [quantity(_objective(name, metrics), OBJECTIVES[name].unit) for name in names]
+    return [quantity(objective_of(name, metrics), OBJECTIVES[name].unit) for name in names]
 
 
-def _objective(name: str, metrics: Mapping[str, Any]) -> float:
+def objective_of(name: str, metrics: Mapping[str, Any]) -> float:
+    """An objective's value as it is told; not a number when the metrics have none."""
     info = OBJECTIVES[name]
     value = metrics.get(info.metric)
     if info.statistic:
@@ -123,7 +124,8 @@ def misses_words(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _latency(entry: Mapping[str, Any], slo: Mapping[str, Any], ident: str) -> list[dict[str, Any]]:
+def latency_of(entry: Mapping[str, Any], slo: Mapping[str, Any], ident: str) -> list[dict[str, Any]]:
+    """Latencies as rows of cells, each with its chart."""
     rows = []
     for metric, words in LATENCIES.items():
         values = entry["metrics"].get(metric) or {}
@@ -182,12 +184,14 @@ def _parts(
             "css": "seg-free" if key in ("free", "idle") else f"seg-{index}",
         }
         for index, (key, label) in enumerate(names.items())
+        if float(values.get(key, 0.0)) > 0
     ], total
 
 
-def _bar(
+def bar_of(
     values: Mapping[str, float], names: Mapping[str, str], unit: str, title: str, ident: str
 ) -> dict[str, Any]:
+    """Parts of a whole as a stacked bar with its key."""
     parts, total = _parts(values, names, unit)
     description = ", ".join(f"{part['label']} {part['text']}" for part in parts)
     svg = charts.stacked_bar(parts, unit=unit, title=title, description=description, ident=ident)
@@ -205,18 +209,18 @@ def plan_view(entry: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any
         "yaml": yaml.safe_dump({"plan": entry["plan"]}, sort_keys=False, allow_unicode=True),
         "meets": entry["meets_slo"],
         "misses": misses_words(entry),
-        "facts": _facts(metrics),
-        "memory": _bar(memory, _MEMORY, "B", "Memory of one device", f"{ident}-mem"),
+        "facts": facts_of(metrics),
+        "memory": bar_of(memory, MEMORY, "B", "Memory of one device", f"{ident}-mem"),
         "capacity": quantity(memory.get("capacity"), "B"),
-        "time": _bar(
-            entry.get("breakdown_s") or {}, _TIME, "s", "Where the time of a device goes", f"{ident}-time"
+        "time": bar_of(
+            entry.get("breakdown_s") or {}, TIME, "s", "Where the time of a device goes", f"{ident}-time"
         ),
         "makespan": quantity(metrics.get("makespan_s"), "s"),
-        "latency": _latency(entry, slo, ident),
+        "latency": latency_of(entry, slo, ident),
     }
 
 
-def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+def facts_of(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of the plain metrics."""
     get = metrics.get
     return [
@@ -242,7 +246,7 @@ def _facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 # --- the whole result ----------------------------------------------------------------------------
 
 
-def _scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> list[dict[str, Any]]:
+def scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> list[dict[str, Any]]:
     """Charts of the first objective against the next two (one chart for two objectives)."""
     first = names[0]
     others = list(names[1:3]) or ["cost" if first != "cost" else "latency"]
@@ -252,12 +256,12 @@ def _scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> l
     for other in others:
         points = [
             {
-                "x": _objective(first, entry["metrics"]),
-                "y": _objective(other, entry["metrics"]),
-                "kind": _kind(entry, front, chosen, infeasible),
+                "x": objective_of(first, entry["metrics"]),
+                "y": objective_of(other, entry["metrics"]),
+                "kind": kind_of(entry, front, chosen, infeasible),
                 "label": f"{plan_label(entry['plan'])}: "
                 + ", ".join(
-                    f"{_SHORT[name]} {quantity(_objective(name, entry['metrics']), OBJECTIVES[name].unit)}"
+                    f"{SHORT[name]} {quantity(objective_of(name, entry['metrics']), OBJECTIVES[name].unit)}"
                     for name in (first, other)
                 ),
             }
@@ -269,13 +273,13 @@ def _scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> l
         )
         axes = [
             {
-                "label": _AXES[name],
+                "label": AXES[name],
                 "unit": OBJECTIVES[name].unit,
                 "better": "high" if OBJECTIVES[name].maximise else "low",
             }
             for name in (first, other)
         ]
-        title = f"{_AXES[first]} against {_AXES[other][0].lower()}{_AXES[other][1:]}"
+        title = f"{AXES[first]} against {AXES[other][0].lower()}{AXES[other][1:]}"
         svg = charts.scatter(
             points,
             x=axes[0],
@@ -289,7 +293,8 @@ def _scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> l
     return found
 
 
-def _kind(entry: Mapping[str, Any], front: set[str], chosen: str, infeasible: bool) -> str:
+def kind_of(entry: Mapping[str, Any], front: set[str], chosen: str, infeasible: bool) -> str:
+    """What a plan is on the chart: a key of `charts.KINDS`."""
     if entry["id"] == chosen:
         return "nearest" if infeasible else "recommended"
     if entry["id"] in front:
@@ -297,7 +302,8 @@ def _kind(entry: Mapping[str, Any], front: set[str], chosen: str, infeasible: bo
     return "dominated" if entry["meets_slo"] else "misses"
 
 
-def _targets(slo: Mapping[str, Any], entry: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def targets_of(slo: Mapping[str, Any], entry: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Every target with what a plan makes of it."""
     rows = []
     for metric, bounds in slo.items():
         for statistic, bound in (bounds or {}).items():
@@ -316,7 +322,9 @@ def _targets(slo: Mapping[str, Any], entry: Mapping[str, Any] | None) -> list[di
     return rows
 
 
-def _tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[str, str]]:
+def tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures that a person looks at first."""
+
     def latency(metric: str, statistic: str) -> tuple[str, str]:
         value = (metrics.get(metric) or {}).get(statistic)
         pair = (pairs.get(metric) or {}).get(statistic)
@@ -342,7 +350,7 @@ def _tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[st
             "note": f"{power} per device on average",
         },
         {
-            "name": "Cost per million output tokens",
+            "name": "Cost per M output tokens",
             "value": f"{number(cost)}\u00a0USD" if cost is not None else MISSING,
             "note": f"{quantity(metrics.get('usd_per_hour'), 'USD/h')} for {count(devices)} "
             + ("device" if devices == 1 else "devices"),
@@ -350,7 +358,8 @@ def _tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[st
     ]
 
 
-def _workload(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def workload_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of what the traffic is."""
     if not summary:
         return []
     inputs, outputs = summary.get("input_tokens") or {}, summary.get("output_tokens") or {}
@@ -382,7 +391,7 @@ def _workload(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _sources(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def sources_of(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """One row per source: the operators that it stands behind, together."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
@@ -435,7 +444,7 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
             result["plans"],
             key=lambda entry: max((miss["distance"] for miss in entry.get("slo_misses", ())), default=0.0),
         )[:MAX_NEAREST]
-    listed.sort(key=lambda entry: _sortable(_objective(names[0], entry["metrics"])))
+    listed.sort(key=lambda entry: _sortable(objective_of(names[0], entry["metrics"])))
     others = [entry for entry in listed if entry["id"] != chosen_id]
     pools = request["cluster"]["pools"]
     return {
@@ -444,10 +453,10 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
         "machines": ", ".join(_pool_words(pool) for pool in pools),
         "reason": (result.get("recommended") or {}).get("reason", ""),
         "chosen": plan_view(chosen, slo) if chosen else None,
-        "tiles": _tiles(chosen["metrics"], chosen.get("interval") or {}) if chosen else [],
-        "targets": _targets(slo, chosen),
-        "objectives": [{"name": _AXES[name], "maximise": OBJECTIVES[name].maximise} for name in names],
-        "scatters": _scatters(result, names, chosen_id),
+        "tiles": tiles(chosen["metrics"], chosen.get("interval") or {}) if chosen else [],
+        "targets": targets_of(slo, chosen),
+        "objectives": [{"name": AXES[name], "maximise": OBJECTIVES[name].maximise} for name in names],
+        "scatters": scatters(result, names, chosen_id),
         "front": [
             {
                 "id": entry["id"],
@@ -456,18 +465,18 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
                 "cells": objective_cells(names, entry["metrics"]),
                 "ttft": quantity((entry["metrics"].get("ttft_s") or {}).get("p95"), "s"),
                 "tpot": quantity((entry["metrics"].get("tpot_s") or {}).get("p95"), "s"),
-                "batching": _batching(entry["plan"]),
+                "batching": batching_of(entry["plan"]),
                 "misses": misses_words(entry),
             }
             for entry in listed
         ],
         "details": [plan_view(entry, slo) for entry in others[:MAX_DETAILS]],
         "details_left_out": max(0, len(others) - MAX_DETAILS),
-        "rejected": _rejected(result.get("rejected") or ()),
-        "search": _search_words(result["search"]),
-        "workload": _workload(result.get("workload") or {}),
+        "rejected": rejected_of(result.get("rejected") or ()),
+        "search": search_words(result["search"]),
+        "workload": workload_rows(result.get("workload") or {}),
         "provenance": result["provenance"],
-        "sources": _sources(result["provenance"].get("cost_models") or ()),
+        "sources": sources_of(result["provenance"].get("cost_models") or ()),
         "yaml": request_yaml(request),
         "commands": commands(request, base_url),
     }
@@ -486,13 +495,14 @@ def _pool_words(pool: Mapping[str, Any]) -> str:
     return f"{nodes * each} × {device}" + (f" in {nodes} nodes" if nodes > 1 else "")
 
 
-def _batching(plan: Mapping[str, Any]) -> str:
+def batching_of(plan: Mapping[str, Any]) -> str:
+    """Sequences at once and tokens in a batch, as `256 / 8,192`."""
     worker = plan.get("worker") or (plan.get("decode") or {}).get("worker") or {}
     batching = worker.get("batching") or {}
     return f"{count(batching.get('max_num_seqs'))} / {count(batching.get('max_num_batched_tokens'))}"
 
 
-def _rejected(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rejected_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Reasons with how many plans share each, most first; an example of each."""
     groups: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -503,7 +513,8 @@ def _rejected(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(groups.values(), key=lambda group: -group["plans"])
 
 
-def _search_words(search: Mapping[str, Any]) -> dict[str, Any]:
+def search_words(search: Mapping[str, Any]) -> dict[str, Any]:
+    """What the search did, in words and numbers."""
     return {
         "method": search["method"],
         "certified": search["certified"],

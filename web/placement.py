@@ -1,0 +1,203 @@
+"""Where a plan's workers stand: nodes, devices and links as a drawing, with the same in words.
+
+Workers are laid out as the planner counts them: one after the other, neighbours together, tensor-parallel
+ranks innermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from markupsafe import Markup
+
+from api.checks import NOWHERE
+from hardware import InputError, build_cluster, load_catalog
+from hardware.topology import Cluster, Pool
+from web.format import quantity
+
+_MOST_NODES, _MOST_DEVICES = 6, 16
+_BOX, _GAP, _PAD = 50, 8, 14
+
+
+def placements(plan: Mapping[str, Any], request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One drawing per pool that the plan uses; empty when the machines cannot be built from the request."""
+    cluster = _cluster(request)
+    if cluster is None:
+        return []
+    if plan.get("serving") == "disaggregated":
+        groups = [
+            (plan[role]["worker"], plan[role].get("replicas", 1), role) for role in ("prefill", "decode")
+        ]
+    else:
+        groups = [(plan.get("worker") or {}, plan.get("replicas", 1), "")]
+    used: dict[str, list[tuple[Mapping[str, Any], int, str]]] = {}
+    for worker, replicas, role in groups:
+        name = worker.get("pool") or cluster.pools[0].name
+        used.setdefault(name, []).append((worker, replicas, role))
+    found = []
+    for name, members in used.items():
+        try:
+            pool = cluster.pool(name)
+        except KeyError:
+            continue
+        found.append(_drawing(pool, members))
+    return found
+
+
+def _cluster(request: Mapping[str, Any]) -> Cluster | None:
+    network = (request["cluster"].get("inter_node") or {}).get("kind")
+    try:
+        pools = [dict(pool) for pool in request["cluster"]["pools"]]
+        return build_cluster(pools, network, load_catalog(), base_dir=NOWHERE)
+    except InputError:
+        return None
+
+
+def _ranks(worker: Mapping[str, Any], replica: int, role: str) -> list[dict[str, Any]]:
+    """What each device of one worker does."""
+    degrees = worker.get("parallelism") or {}
+    tensor, pipeline = degrees.get("tensor", 1), degrees.get("pipeline", 1)
+    data, context = degrees.get("attention_data", 1), degrees.get("context", 1)
+    size = tensor * pipeline * data * context
+    stage = size // pipeline
+    rows = []
+    for index in range(size):
+        lines = [f"{role[:1].upper()}{replica + 1}" if role else f"R{replica + 1}"]
+        within = index % stage
+        parts = []
+        if pipeline > 1:
+            parts.append(f"P{index // stage}")
+        if data > 1:
+            parts.append(f"D{within // (tensor * context)}")
+        if tensor > 1 or not parts:
+            parts.append(f"T{within % tensor}")
+        lines.append(" ".join(parts))
+        rows.append({"lines": lines, "replica": replica, "group": (replica, role, index // tensor)})
+    return rows
+
+
+def _drawing(pool: Pool, members: list[tuple[Mapping[str, Any], int, str]]) -> dict[str, Any]:
+    ranks: list[dict[str, Any] | None] = []
+    told = []
+    for worker, replicas, role in members:
+        size = 0
+        for replica in range(replicas):
+            found = _ranks(worker, replica, role)
+            size = len(found)
+            # A worker that fits into a node stands in one: the rest of a node stays empty.
+            room = pool.devices_per_node - len(ranks) % pool.devices_per_node
+            if size <= pool.devices_per_node and room < size:
+                ranks += [None] * room
+            ranks += found
+        words = f"{replicas} {role + ' ' if role else ''}{'worker' if replicas == 1 else 'workers'}"
+        told.append(f"{words} of {size} {'device' if size == 1 else 'devices'}")
+    nodes_used = max(1, -(-len(ranks) // pool.devices_per_node))
+    nodes = min(max(nodes_used, min(pool.nodes, 2)), _MOST_NODES)
+    shown = min(pool.devices_per_node, _MOST_DEVICES)
+    columns = shown if shown <= 8 else (shown + 1) // 2
+    lines = -(-shown // columns)
+    width = columns * (_BOX + _GAP) - _GAP + 2 * _PAD
+    link = pool.node.scale_up_link
+    network = quantity(pool.network_bytes_per_s, "B/s")
+    joined = pool.node.domain > 1 and pool.devices_per_node > 1
+    body = 26 + lines * (_BOX + _GAP) + (30 if joined else 6)
+    per_row = max(1, 640 // (width + 24))
+    across = min(nodes, per_row)
+    down = -(-nodes // across)
+    total_width = across * (width + 24) - 24
+    total_height = down * (body + 46)
+    words = (
+        f"Pool {pool.name}: {' and '.join(told)} on {nodes_used} of {pool.nodes} "
+        f"{'node' if pool.nodes == 1 else 'nodes'} with {pool.devices_per_node} × {pool.device.name} each."
+    )
+    if joined:
+        rate = quantity(link.bandwidth_bytes_per_s, "B/s")
+        words += f" Devices of a node are joined by {link.name}, {rate} each way."
+    if pool.nodes > 1:
+        words += f" Nodes are joined by {pool.scale_out.name}, {network} a device."
+    ident = f"place-{escape(pool.name, quote=True)}".replace(" ", "-")
+    parts = [
+        f'<svg class="chart place" viewBox="0 0 {total_width} {total_height}" role="img" '
+        f'aria-labelledby="{ident}-t {ident}-d" xmlns="http://www.w3.org/2000/svg">'
+        f'<title id="{ident}-t">Placement</title><desc id="{ident}-d">{escape(words)}</desc>'
+    ]
+    if nodes > 1:
+        for row in range(down):
+            y = (row + 1) * (body + 46) - 14
+            parts.append(f'<path class="net" d="M10 {y}H{total_width - 10}"/>')
+        parts.append(
+            f'<text class="tick" x="{total_width - 10}" y="{total_height - 2}" text-anchor="end">'
+            f"{escape(pool.scale_out.name)}, {network} a device</text>"
+        )
+    for node in range(nodes):
+        x0 = (node % across) * (width + 24)
+        y0 = (node // across) * (body + 46)
+        parts += _node(pool, ranks, node, x0, y0, width, body, columns, shown, joined)
+        if nodes > 1:
+            parts.append(f'<path class="net" d="M{x0 + width // 2} {y0 + body}v32"/>')
+    parts.append("</svg>")
+    left_out = pool.nodes - nodes
+    return {
+        "pool": pool.name,
+        "words": words,
+        "chart": Markup("".join(parts)),
+        "small": total_width < 420,
+        "left_out": left_out if left_out > 0 else 0,
+    }
+
+
+def _node(
+    pool: Pool,
+    ranks: list[dict[str, Any] | None],
+    node: int,
+    x0: int,
+    y0: int,
+    width: int,
+    body: int,
+    columns: int,
+    shown: int,
+    joined: bool,
+) -> list[str]:
+    parts = [
+        f'<rect class="chassis" x="{x0 + 0.5}" y="{y0 + 0.5}" '
+        f'width="{width - 1}" height="{body - 1}" rx="8"/>',
+        f'<text class="tick" x="{x0 + _PAD}" y="{y0 + 18}">Node {node + 1}</text>',
+    ]
+    if shown < pool.devices_per_node:
+        parts.append(
+            f'<text class="tick" x="{x0 + width - _PAD}" y="{y0 + 18}" text-anchor="end">'
+            f"{shown} of {pool.devices_per_node} drawn</text>"
+        )
+    bus = y0 + body - 22
+    for slot in range(shown):
+        x = x0 + _PAD + (slot % columns) * (_BOX + _GAP)
+        y = y0 + 26 + (slot // columns) * (_BOX + _GAP)
+        index = node * pool.devices_per_node + slot
+        rank = ranks[index] if index < len(ranks) else None
+        if joined:
+            parts.append(f'<path class="link" d="M{x + _BOX // 2} {y + _BOX}V{bus}"/>')
+        css = f"dev rep-{rank['replica'] % 6}" if rank else "dev unused"
+        tip = f"device {index}: {' '.join(rank['lines'])}" if rank else f"device {index}: not used"
+        parts.append(
+            f'<rect class="{css}" x="{x}" y="{y}" width="{_BOX}" height="{_BOX}" rx="6">'
+            f"<title>{escape(tip)}</title></rect>"
+        )
+        if rank:
+            for line, text in enumerate(rank["lines"]):
+                css = "dev-name" if line == 0 else "dev-rank"
+                parts.append(
+                    f'<text class="{css}" x="{x + _BOX // 2}" y="{y + 22 + 16 * line}" '
+                    f'text-anchor="middle">{escape(text)}</text>'
+                )
+    if joined:
+        link = pool.node.scale_up_link
+        parts.append(f'<path class="bus" d="M{x0 + _PAD} {bus}H{x0 + width - _PAD}"/>')
+        rate = quantity(link.bandwidth_bytes_per_s, "B/s")
+        label = f"{link.name} {rate}" if width > 180 else link.name
+        parts.append(
+            f'<text class="tick" x="{x0 + width // 2}" y="{bus + 15}" '
+            f'text-anchor="middle">{escape(label)}</text>'
+        )
+    return parts

@@ -1,0 +1,170 @@
+"""Why a plan wins and what limits it: comparisons of numbers that the result holds, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from planner.objectives import OBJECTIVES
+from web.format import number, percent, quantity
+from web.view import AXES, LATENCIES, objective_of, plan_label
+
+_TIME_WORDS = {
+    "gemm": "matrix products",
+    "attention": "attention",
+    "moe": "experts",
+    "communication": "communication between devices",
+    "host": "the host",
+    "idle": "waiting for requests",
+}
+
+
+def ratio_words(name: str, own: float, other: float) -> str:
+    """How the other plan's objective differs, as `38 % more`; "" when it is the same."""
+    if not (math.isfinite(own) and math.isfinite(other)) or own == 0:
+        return ""
+    change = other / own - 1
+    if abs(change) < 0.005:
+        return "the same"
+    return f"{number(abs(100 * change), 2)}\u00a0% {'more' if change > 0 else 'less'}"
+
+
+def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -> list[dict[str, Any]]:
+    """The plans on the front that come nearest, with what one would gain and lose with each."""
+    names = [name for name in result["request"].get("objectives", ()) if name in OBJECTIVES]
+    entries = {other["id"]: other for other in result["plans"]}
+    listed = [entries[ident] for ident in result["front"] if ident in entries and ident != entry["id"]]
+    own = {name: objective_of(name, entry["metrics"]) for name in names}
+
+    def distance(other: Mapping[str, Any]) -> float:
+        total = 0.0
+        for name in names:
+            value = objective_of(name, other["metrics"])
+            if own[name] > 0 and value > 0:
+                total += abs(math.log(value / own[name]))
+        return total
+
+    rows = []
+    for other in sorted(listed, key=distance)[:most]:
+        cells = []
+        for name in names:
+            value = objective_of(name, other["metrics"])
+            better = (value > own[name]) == OBJECTIVES[name].maximise
+            words = ratio_words(name, own[name], value)
+            cells.append(
+                {
+                    "value": quantity(value, OBJECTIVES[name].unit),
+                    "words": words,
+                    "css": "" if words in ("", "the same") else ("met" if better else "miss"),
+                }
+            )
+        rows.append(
+            {
+                "id": other["id"],
+                "label": plan_label(other["plan"]),
+                "cells": cells,
+                "noise": _within_noise(names, entry, other),
+            }
+        )
+    return rows
+
+
+def _within_noise(names: Sequence[str], one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Objectives whose intervals overlap: the prediction does not tell the two plans apart."""
+    found = []
+    for name in names:
+        info = OBJECTIVES[name]
+        pairs = [
+            ((entry.get("interval") or {}).get(info.metric) or {}).get(info.statistic or "value")
+            for entry in (one, two)
+        ]
+        if pairs[0] and pairs[1] and pairs[0][0] <= pairs[1][1] and pairs[1][0] <= pairs[0][1]:
+            found.append(AXES[name])
+    return found
+
+
+def limits(result: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
+    """What holds the plan back, sentence by sentence."""
+    metrics, found = entry["metrics"], []
+    slo = result["request"].get("slo") or {}
+    for metric, bounds in slo.items():
+        for statistic, bound in (bounds or {}).items():
+            value = (metrics.get(metric) or {}).get(statistic)
+            if value is None:
+                continue
+            name = f"{LATENCIES.get(metric, metric)} {statistic}"
+            if value > bound:
+                found.append(
+                    f"{name} is {quantity(value, 's')}, {number(100 * (value / bound - 1), 2)}\u00a0% "
+                    f"above its target of {quantity(bound, 's')}."
+                )
+            else:
+                found.append(
+                    f"{name} uses {percent(value / bound, 2)} of its target of {quantity(bound, 's')}."
+                )
+    times = {k: float(v) for k, v in (entry.get("breakdown_s") or {}).items() if float(v) > 0}
+    busy = {key: value for key, value in times.items() if key != "idle"}
+    total = sum(times.values())
+    if busy and total > 0:
+        largest = max(busy, key=lambda key: busy[key])
+        idle = times.get("idle", 0.0) / total
+        words = (
+            f"Of the time, {percent(busy[largest] / total, 2)} goes to {_TIME_WORDS.get(largest, largest)}"
+        )
+        if idle > 0.25:
+            words += f", and {percent(idle, 2)} is spent waiting for requests: there is room for more traffic"
+        found.append(words + ".")
+    mfu, mbu = metrics.get("mfu") or 0.0, metrics.get("mbu") or 0.0
+    if mfu or mbu:
+        bound_by = "memory bandwidth" if mbu > 1.5 * mfu else ("arithmetic" if mfu > 1.5 * mbu else "both")
+        found.append(
+            f"It is nearer to the limit of {bound_by}: {percent(mbu, 2)} of the bandwidth and "
+            f"{percent(mfu, 2)} of the arithmetic are used on average."
+        )
+    memory = entry.get("memory_bytes_per_device") or {}
+    if memory.get("capacity"):
+        share = float(memory.get("kv_cache", 0.0)) / float(memory["capacity"])
+        found.append(
+            f"The KV cache has {quantity(memory.get('kv_cache'), 'B')} of each device, {percent(share, 2)} "
+            "of its memory."
+        )
+    if metrics.get("preemptions"):
+        found.append(
+            f"{number(metrics['preemptions'])} preemptions: the KV cache ran full; fewer sequences at once "
+            "or more memory would avoid them."
+        )
+    return found
+
+
+def sensitivity(
+    result: Mapping[str, Any], metric: str = "ttft_s", statistic: str = "p95"
+) -> list[dict[str, Any]]:
+    """The cheapest simulated plan for every target of one latency: where the answer changes.
+
+    Other targets hold as they are. Rows go from the tightest target to the loosest.
+    """
+    slo = result["request"].get("slo") or {}
+    others = [
+        (name, stat, bound)
+        for name, bounds in slo.items()
+        for stat, bound in (bounds or {}).items()
+        if (name, stat) != (metric, statistic)
+    ]
+    usable = []
+    for entry in result["plans"]:
+        metrics = entry["metrics"]
+        value = (metrics.get(metric) or {}).get(statistic)
+        cost = metrics.get("usd_per_million_output_tokens")
+        if value is None or cost is None:
+            continue
+        if all(((metrics.get(name) or {}).get(stat) or 0.0) <= bound for name, stat, bound in others):
+            usable.append((float(value), float(cost), entry))
+    usable.sort(key=lambda item: (item[0], item[1]))
+    steps: list[dict[str, Any]] = []
+    least = math.inf
+    for value, cost, entry in usable:
+        if cost < least * (1 - 1e-3):
+            least = cost
+            steps.append({"target_s": value, "cost": cost, "entry": entry})
+    return steps

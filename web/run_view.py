@@ -1,0 +1,170 @@
+"""What a run's result page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hardware import InputError
+from planner.exports import export_result
+from planner.objectives import OBJECTIVES
+from web import reasons
+from web.format import MISSING, count, quantity
+from web.view import (
+    AXES,
+    batching_of,
+    commands,
+    kind_of,
+    misses_words,
+    objective_cells,
+    objective_of,
+    plan_label,
+    rejected_of,
+    request_yaml,
+    scatters,
+    search_words,
+    sources_of,
+    targets_of,
+    tiles,
+    workload_rows,
+)
+
+_ORDER = {"recommended": 0, "nearest": 0, "front": 1, "dominated": 2, "misses": 3}
+_KIND_WORDS = {
+    "recommended": "recommended",
+    "nearest": "nearest",
+    "front": "on the front",
+    "dominated": "dominated",
+    "misses": "misses a target",
+}
+#: Steps of the sensitivity tables.
+_MOST_STEPS = 12
+
+
+def result_page_view(result: Mapping[str, Any], run_id: str, base: str) -> dict[str, Any]:
+    """Everything on the page; the interactive chart asks for its points itself."""
+    request = result["request"]
+    slo = request.get("slo") or {}
+    names = [name for name in request.get("objectives", ()) if name in OBJECTIVES] or ["latency", "energy"]
+    entries = {entry["id"]: entry for entry in result["plans"]}
+    chosen_id = (result.get("recommended") or {}).get("plan_id", "")
+    chosen = entries.get(chosen_id)
+    feasible = result["status"] == "ok"
+    front = set(result["front"])
+    rows = []
+    for entry in result["plans"]:
+        kind = kind_of(entry, front, chosen_id, not feasible)
+        worker = entry["plan"].get("worker") or (entry["plan"].get("decode") or {}).get("worker") or {}
+        rows.append(
+            {
+                "id": entry["id"],
+                "label": plan_label(entry["plan"]),
+                "kind": kind,
+                "words": _KIND_WORDS[kind],
+                "weights": str((worker.get("quantization") or {}).get("weights") or ""),
+                "batching": batching_of(entry["plan"]),
+                "cells": objective_cells(names, entry["metrics"]),
+                "ttft": quantity((entry["metrics"].get("ttft_s") or {}).get("p95"), "s"),
+                "tpot": quantity((entry["metrics"].get("tpot_s") or {}).get("p95"), "s"),
+                "throughput": quantity(entry["metrics"].get("output_tokens_per_s"), "tok/s"),
+                "misses": misses_words(entry),
+                "order": (
+                    _ORDER[kind],
+                    max((m["distance"] for m in entry.get("slo_misses", ())), default=0.0),
+                    _finite(objective_of(names[0], entry["metrics"])),
+                ),
+            }
+        )
+    rows.sort(key=lambda row: row["order"])
+    if not feasible:
+        for row in rows[1:12]:
+            row["kind"] = "nearest" if row["kind"] == "misses" else row["kind"]
+    command, command_problem = "", ""
+    if chosen:
+        try:
+            engine = request.get("engine", {}).get("name", "vllm")
+            command = export_result(result, chosen_id, engine).text()
+        except InputError as error:
+            command_problem = error.message
+    return {
+        "feasible": feasible,
+        "reason": (result.get("recommended") or {}).get("reason", ""),
+        "chosen_id": chosen_id,
+        "chosen_label": plan_label(chosen["plan"]) if chosen else "",
+        "tiles": tiles(chosen["metrics"], chosen.get("interval") or {}) if chosen else [],
+        "targets": targets_of(slo, chosen),
+        "objectives": [{"name": AXES[name], "maximise": OBJECTIVES[name].maximise} for name in names],
+        "scatters": scatters(result, names, chosen_id),
+        "rows": rows,
+        "formats": sorted({row["weights"] for row in rows if row["weights"]}),
+        "front_count": len(result["front"]),
+        "rivals": reasons.rivals(result, chosen) if chosen and feasible else [],
+        "limits": reasons.limits(result, chosen) if chosen else [],
+        "steps": _steps(result),
+        "rejected": rejected_of(result.get("rejected") or ()),
+        "search": search_words(result["search"]),
+        "space": count(result["search"]["space_size"]),
+        "simulated": count(result["search"]["simulated"]),
+        "workload": workload_rows(result.get("workload") or {}),
+        "provenance": result["provenance"],
+        "sources": sources_of(result["provenance"].get("cost_models") or ()),
+        "yaml": request_yaml(request),
+        "commands": commands(request, base),
+        "command": command,
+        "command_problem": command_problem,
+        "sliders": _sliders(result),
+    }
+
+
+def _finite(value: float) -> float:
+    return value if value == value and abs(value) != float("inf") else float("inf")
+
+
+def _steps(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where the cheapest plan changes with the TTFT and the TPOT target."""
+    found = []
+    for metric, words in (("ttft_s", "TTFT p95"), ("tpot_s", "TPOT p95")):
+        steps = reasons.sensitivity(result, metric)
+        if len(steps) < 2:
+            continue
+        found.append(
+            {
+                "words": words,
+                "rows": [
+                    {
+                        "target": quantity(step["target_s"], "s"),
+                        "cost": quantity(step["cost"], "USD/Mtok"),
+                        "devices": count(step["entry"]["metrics"].get("devices")),
+                        "label": plan_label(step["entry"]["plan"]),
+                        "id": step["entry"]["id"],
+                    }
+                    for step in steps[:_MOST_STEPS]
+                ],
+                "more": max(0, len(steps) - _MOST_STEPS),
+            }
+        )
+    return found
+
+
+def _sliders(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Targets that the page lets one move, with where they stand."""
+    slo = result["request"].get("slo") or {}
+    found = []
+    for metric, axis, words in (("ttft_s", "ttft", "TTFT p95"), ("tpot_s", "tpot", "TPOT p95")):
+        values = [
+            value
+            for entry in result["plans"]
+            if (value := (entry["metrics"].get(metric) or {}).get("p95")) is not None and value > 0
+        ]
+        if len(values) < 2:
+            continue
+        bound = (slo.get(metric) or {}).get("p95")
+        found.append(
+            {
+                "axis": axis,
+                "words": words,
+                "bound": bound,
+                "shown": quantity(bound, "s") if bound else MISSING,
+            }
+        )
+    return found

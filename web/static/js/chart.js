@@ -1,0 +1,340 @@
+// The interactive front: plotly.js from this server, our data, a table that is its twin.
+const root = document.getElementById("explorer");
+const plot = document.getElementById("plot");
+const said = document.getElementById("said");
+const axisX = document.getElementById("axis-x");
+const axisY = document.getElementById("axis-y");
+const withDominated = document.getElementById("with-dominated");
+const withIntervals = document.getElementById("with-intervals");
+const withLog = document.getElementById("with-log");
+const DOMINATED = 0, MISSES = 1, FRONT = 2, RECOMMENDED = 3, NEAREST = 4;
+const WORDS = ["Dominated", "Misses a target", "On the front", "Recommended", "Nearest to the targets"];
+
+let data = null;
+let members = []; // plans of each trace, by trace
+let selected = -1;
+let rescored = -1;
+
+const number = (value) => value === null || value === undefined ? "–"
+  : Number(value.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 });
+
+function shown(axis, value) {
+  const unit = data.axes[axis].unit;
+  if (value === null) return "–";
+  if (unit === "s") return value < 1 ? `${number(value * 1000)} ms` : `${number(value)} s`;
+  return unit ? `${number(value)} ${unit}` : number(value);
+}
+
+function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
+
+function title(axis) {
+  const { words, unit, more } = data.axes[axis];
+  return `${words}${unit ? ` (${unit})` : ""}, ${more ? "more" : "less"} is better`;
+}
+
+function text(index) {
+  const parts = [data.labels[index]];
+  for (const axis of new Set([axisX.value, axisY.value, "ttft", "tpot"])) {
+    parts.push(`${data.axes[axis].words}: ${shown(axis, data.values[axis][index])}`);
+  }
+  parts.push(WORDS[data.kind[index]]);
+  return parts.join("<br>");
+}
+
+function trace(kinds, name, marker, extra = {}) {
+  const list = [];
+  data.kind.forEach((kind, index) => { if (kinds.includes(kind)) list.push(index); });
+  const x = data.values[axisX.value], y = data.values[axisY.value];
+  const drawn = list.filter((i) => x[i] !== null && y[i] !== null);
+  if (extra.sorted) drawn.sort((a, b) => x[a] - x[b]);
+  delete extra.sorted;
+  members.push(drawn);
+  const found = {
+    type: "scatter", mode: "markers", name,
+    x: drawn.map((i) => x[i]), y: drawn.map((i) => y[i]),
+    hoverinfo: "text", text: drawn.map(text), marker, ...extra,
+  };
+  if (withIntervals.checked && kinds.some((k) => k >= FRONT)) {
+    for (const [key, axis, values] of [["error_x", axisX.value, x], ["error_y", axisY.value, y]]) {
+      if (!data.low[axis]) continue;
+      found[key] = {
+        type: "data", symmetric: false, thickness: 1, width: 3, color: colour("--bar"),
+        array: drawn.map((i) => Math.max(0, (data.high[axis][i] ?? values[i]) - values[i])),
+        arrayminus: drawn.map((i) => Math.max(0, values[i] - (data.low[axis][i] ?? values[i]))),
+      };
+    }
+  }
+  return found;
+}
+
+function target(axis) {
+  const slider = document.querySelector(`[data-axis="${axis}"]`);
+  if (slider && slider.dataset.moved) return limitOf(slider);
+  return data.axes[axis].target;
+}
+
+function lines() {
+  const shapes = [];
+  const line = { color: colour("--mark-chosen"), width: 1.5, dash: "dash" };
+  const label = (axis) => ({ text: `target ${shown(axis, target(axis))}`, font: { size: 12, color: colour("--mark-chosen") } });
+  const tx = target(axisX.value), ty = target(axisY.value);
+  if (tx) shapes.push({ type: "line", xref: "x", yref: "paper", x0: tx, x1: tx, y0: 0, y1: 1, line, label: { ...label(axisX.value), textposition: "end", textangle: 0, xanchor: "right", yanchor: "top" } });
+  if (ty) shapes.push({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: ty, y1: ty, line, label: { ...label(axisY.value), textposition: "end", yanchor: "bottom" } });
+  return shapes;
+}
+
+function range(axis) {
+  // Targets far from every plan would squeeze the plans into a corner.
+  const values = data.values[axis].filter((v, i) => v !== null && (withDominated.checked || data.kind[i] >= FRONT));
+  const low = Math.min(...values), high = Math.max(...values);
+  const t = data.axes[axis].target;
+  const top = t && t > high && t < 2 * high ? t : high;
+  if (withLog.checked) {
+    const pad = 0.05 * (Math.log10(top) - Math.log10(low) || 1);
+    return [Math.log10(low) - pad, Math.log10(top) + pad];
+  }
+  const pad = 0.05 * (top - low || Math.abs(top) || 1);
+  const bottom = low > 0 && low < 0.4 * top ? 0 : low - pad;
+  return [bottom, top + pad];
+}
+
+function draw() {
+  members = [];
+  const soft = colour("--soft"), grid = colour("--grid");
+  const traces = [];
+  if (withDominated.checked) {
+    traces.push(trace([DOMINATED], WORDS[DOMINATED], { symbol: "circle-open", size: 5, color: colour("--mark-dominated"), opacity: 0.55, line: { width: 1 } }));
+    traces.push(trace([MISSES], WORDS[MISSES], { symbol: "x-thin", size: 6, color: colour("--mark-miss"), opacity: 0.6, line: { width: 1.2, color: colour("--mark-miss") } }));
+  }
+  traces.push(trace([FRONT, RECOMMENDED], WORDS[FRONT], { symbol: "circle", size: 9, color: colour("--mark-front"), line: { width: 1, color: colour("--card") } },
+    { sorted: true, mode: data.objectives.length === 2 ? "lines+markers" : "markers", line: { color: colour("--mark-front"), width: 1 } }));
+  traces.push(trace([RECOMMENDED, NEAREST], data.kind.includes(NEAREST) ? WORDS[NEAREST] : WORDS[RECOMMENDED], { symbol: "diamond", size: 15, color: colour("--mark-chosen"), line: { width: 1.5, color: colour("--card") } }));
+  const again = rescored >= 0 && data.values[axisX.value][rescored] !== null ? [rescored] : [];
+  members.push(again);
+  traces.push({ type: "scatter", mode: "markers", name: "Best under moved targets", showlegend: again.length > 0, hoverinfo: "text",
+    x: again.map((i) => data.values[axisX.value][i]), y: again.map((i) => data.values[axisY.value][i]), text: again.map(text),
+    marker: { symbol: "square-open", size: 20, color: colour("--mark-chosen"), line: { width: 2.5 } } });
+  const axis = (name) => ({
+    title: { text: title(name), font: { size: 13 }, standoff: 10 }, type: withLog.checked ? "log" : "linear",
+    gridcolor: grid, linecolor: soft, zeroline: false, tickfont: { color: soft, size: 12 }, range: range(name), automargin: true,
+    exponentformat: "none", minorloglabels: "none",
+  });
+  const narrow = plot.clientWidth < 560;
+  const layout = {
+    height: narrow ? 420 : 480, margin: { l: 64, r: 16, t: narrow ? 16 : 12, b: 56 }, hovermode: "closest", hoverdistance: 16,
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: getComputedStyle(document.body).fontFamily, color: colour("--ink"), size: 13 },
+    xaxis: axis(axisX.value), yaxis: axis(axisY.value), shapes: lines(),
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+    hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink"), size: 13 }, align: "left" },
+    dragmode: "zoom", uirevision: `${axisX.value}|${axisY.value}|${withLog.checked}`,
+  };
+  return Plotly.react(plot, traces, layout, { displayModeBar: false, displaylogo: false, showSendToCloud: false, responsive: true, doubleClick: "reset" });
+}
+
+// --- one plan at a time, in the chart and in the table ---------------------------------------------------
+
+function find(index) {
+  for (let t = members.length - 1; t >= 0; t--) {
+    const p = members[t].indexOf(index);
+    if (p >= 0) return { curveNumber: t, pointNumber: p };
+  }
+  return null;
+}
+
+function mark(index, fromChart) {
+  selected = index;
+  for (const row of document.querySelectorAll("tr.pointed")) row.classList.remove("pointed");
+  if (index < 0) return;
+  const row = document.querySelector(`tr[data-plan-id="${data.ids[index]}"]`);
+  row?.classList.add("pointed");
+  if (!fromChart) {
+    const point = find(index);
+    if (point) Plotly.Fx.hover(plot, [point]);
+  }
+  const link = document.createElement("a");
+  link.href = root.dataset.plan + data.ids[index];
+  link.textContent = data.labels[index];
+  const rest = [...new Set([axisX.value, axisY.value, "ttft", "tpot", "cost"])]
+    .map((axis) => `${data.axes[axis].words} ${shown(axis, data.values[axis][index])}`).join(" · ");
+  said.replaceChildren(link, ` ${WORDS[data.kind[index]].toLowerCase()} · ${rest}`);
+}
+
+function walk(step) {
+  const list = members.flatMap((m) => m).filter((i) => data.kind[i] >= FRONT);
+  const x = data.values[axisX.value];
+  const front = [...new Set(list)].sort((a, b) => x[a] - x[b]);
+  if (!front.length) return;
+  const at = front.indexOf(selected);
+  const next = at < 0 ? (step > 0 ? 0 : front.length - 1) : Math.min(front.length - 1, Math.max(0, at + step));
+  mark(front[next], false);
+}
+
+// --- targets that can be moved: the stored plans judged anew ------------------------------------------------
+
+function limitOf(slider) {
+  const low = Number(slider.dataset.low), high = Number(slider.dataset.high);
+  return low * (high / low) ** (slider.value / 1000);
+}
+
+function judge() {
+  const limits = [...document.querySelectorAll("[data-axis]")].map((s) => [s.dataset.axis, limitOf(s), s]);
+  const fixed = Object.entries(data.axes).filter(([name, a]) => a.target && !limits.some(([l]) => l === name)).map(([name, a]) => [name, a.target]);
+  const fits = [];
+  data.ids.forEach((_, i) => {
+    const ok = limits.every(([a, limit]) => data.values[a][i] !== null && data.values[a][i] <= limit * (1 + 1e-9))
+      && fixed.every(([a, limit]) => data.values[a][i] === null || data.values[a][i] <= limit);
+    if (ok) fits.push(i);
+  });
+  const names = data.objectives.length ? data.objectives : ["latency", "cost"];
+  const value = (a, i) => (data.axes[a].more ? -1 : 1) * (data.values[a][i] ?? 0);
+  const order = [...fits].sort((i, j) => value(names[0], i) - value(names[0], j));
+  const front = [];
+  for (const i of order) {
+    if (!front.some((j) => names.every((a) => value(a, j) <= value(a, i)) && names.some((a) => value(a, j) < value(a, i)))) front.push(i);
+  }
+  return { fits, front: front.filter((i) => !front.some((j) => names.every((a) => value(a, j) <= value(a, i)) && names.some((a) => value(a, j) < value(a, i)))), names, value };
+}
+
+function knee({ front, names, value }) {
+  let best = -1, least = Infinity;
+  const low = names.map((a) => Math.min(...front.map((i) => value(a, i))));
+  const span = names.map((a, k) => Math.max(...front.map((i) => value(a, i))) - low[k]);
+  for (const i of front) {
+    const d = names.reduce((sum, a, k) => sum + (span[k] > 0 ? ((value(a, i) - low[k]) / span[k]) ** 2 : 0), 0);
+    if (d < least) { least = d; best = i; }
+  }
+  return best;
+}
+
+function rescore() {
+  for (const slider of document.querySelectorAll("[data-axis]")) {
+    const words = shown(slider.dataset.axis, limitOf(slider));
+    document.getElementById(`out-${slider.dataset.axis}`).textContent = words;
+    slider.setAttribute("aria-valuetext", words);
+  }
+  const found = judge();
+  const box = document.getElementById("what-if-said");
+  const badge = document.createElement("span");
+  badge.className = "badge";
+  badge.textContent = "judged anew";
+  badge.title = "The simulated plans, under other targets; nothing was simulated again.";
+  if (!found.front.length) {
+    rescored = -1;
+    box.replaceChildren(badge, " No simulated plan meets these targets.");
+  } else {
+    rescored = knee(found);
+    const link = document.createElement("a");
+    link.href = root.dataset.plan + data.ids[rescored];
+    link.textContent = data.labels[rescored];
+    const same = data.kind[rescored] === RECOMMENDED ? " Still the recommended plan." : "";
+    const words = ["cost", "ttft", "tpot", "devices"].map((a) => `${data.axes[a].words} ${shown(a, data.values[a][rescored])}`).join(" · ");
+    const loose = data.bounded > 0 ? " Plans that were pruned under the first targets are not among them: looser targets may need a new search." : "";
+    box.replaceChildren(badge, ` ${found.fits.length} plans fit, ${found.front.length} on the front. Best: `, link, `.${same} ${words}.${loose}`);
+  }
+}
+
+let due = false;
+function moved(slider) {
+  slider.dataset.moved = "1";
+  if (due) return;
+  due = true;
+  requestAnimationFrame(() => {
+    due = false;
+    rescore();
+    const last = plot.data.length - 1;
+    const again = rescored >= 0 ? [rescored] : [];
+    members[last] = again;
+    Plotly.update(plot, {
+      x: [again.map((i) => data.values[axisX.value][i])], y: [again.map((i) => data.values[axisY.value][i])],
+      text: [again.map(text)], showlegend: again.length > 0,
+    }, { shapes: lines() }, [last]);
+  });
+}
+
+// --- start --------------------------------------------------------------------------------------------------
+
+function script(src) {
+  return new Promise((done, failed) => {
+    const element = document.createElement("script");
+    element.src = src;
+    element.onload = done;
+    element.onerror = failed;
+    document.head.append(element);
+  });
+}
+
+async function start() {
+  const [reply] = await Promise.all([fetch(root.dataset.points), script(root.dataset.plotly)]);
+  data = await reply.json();
+  for (const select of [axisX, axisY]) {
+    for (const [name, axis] of Object.entries(data.axes)) select.add(new Option(axis.words, name));
+  }
+  const asked = new URLSearchParams(location.search);
+  axisX.value = asked.get("x") in data.axes ? asked.get("x") : data.start[0];
+  axisY.value = asked.get("y") in data.axes ? asked.get("y") : data.start[1];
+  for (const slider of document.querySelectorAll("[data-axis]")) {
+    const values = data.values[slider.dataset.axis].filter((v) => v > 0);
+    const bound = Number(slider.dataset.bound || 0);
+    const low = Math.min(...values, bound || Infinity) * 0.98, high = Math.max(...values, bound) * 1.02;
+    Object.assign(slider.dataset, { low, high });
+    slider.value = bound ? Math.round(1000 * Math.log(bound / low) / Math.log(high / low)) : 1000;
+    slider.addEventListener("input", () => moved(slider));
+    if (bound) document.getElementById(`out-${slider.dataset.axis}`).textContent = shown(slider.dataset.axis, bound);
+    else document.getElementById(`out-${slider.dataset.axis}`).textContent = "any";
+  }
+  document.getElementById("chart-static").hidden = true;
+  document.getElementById("chart-live").hidden = false;
+  if (data.left_out) said.textContent += ` ${data.left_out.toLocaleString("en")} dominated plans are not drawn.`;
+  await draw();
+  plot.on("plotly_hover", (event) => {
+    const { curveNumber, pointNumber } = event.points[0];
+    mark(members[curveNumber][pointNumber], true);
+  });
+  plot.on("plotly_click", (event) => {
+    const { curveNumber, pointNumber } = event.points[0];
+    const index = members[curveNumber][pointNumber];
+    mark(index, true);
+    const row = document.querySelector(`tr[data-plan-id="${data.ids[index]}"]`);
+    row?.scrollIntoView({ block: "nearest" });
+  });
+  plot.addEventListener("keydown", (event) => {
+    if (event.key === "ArrowRight") walk(1);
+    else if (event.key === "ArrowLeft") walk(-1);
+    else if (event.key === "Enter" && selected >= 0) location.href = root.dataset.plan + data.ids[selected];
+    else if (event.key === "Escape") { mark(-1, true); Plotly.Fx.unhover(plot); }
+    else return;
+    event.preventDefault();
+  });
+  const redraw = () => {
+    const address = new URL(location.href);
+    address.searchParams.set("x", axisX.value);
+    address.searchParams.set("y", axisY.value);
+    history.replaceState(null, "", address);
+    draw();
+  };
+  for (const control of [axisX, axisY, withDominated, withIntervals, withLog]) control.addEventListener("change", redraw);
+  for (const row of document.querySelectorAll("tr[data-plan-id]")) {
+    const index = data.ids.indexOf(row.dataset.planId);
+    if (index < 0) continue;
+    row.addEventListener("mouseenter", () => mark(index, false));
+    row.addEventListener("focusin", () => mark(index, false));
+  }
+  for (const button of document.querySelectorAll("[data-image]")) {
+    button.addEventListener("click", () => Plotly.downloadImage(plot, {
+      format: button.dataset.image, filename: "planfront-front", width: 1100, height: 640, scale: button.dataset.image === "png" ? 2 : 1,
+    }));
+  }
+  document.getElementById("reset").addEventListener("click", () => {
+    Plotly.relayout(plot, { "xaxis.range": range(axisX.value), "yaxis.range": range(axisY.value) });
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  root.dataset.ready = "1";
+}
+
+if (root?.dataset.plotly) {
+  start().catch(() => {
+    document.getElementById("chart-static").hidden = false;
+    document.getElementById("chart-live").hidden = true;
+  });
+}
