@@ -1,6 +1,6 @@
 """Pictures of every page, from real runs on a service of its own: `python scripts/screenshots.py [FOLDER]`.
 
-Needs Playwright for Python and a Chromium of the system; Pillow, where it is installed, makes the files small.
+Needs Playwright for Python and a Chromium of the system; with Pillow the files are small.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from api.app import create_api
+from api.desk import Desk
 from api.errors import ApiError, problem_response
 from api.middleware import BodyLimit
 from api.settings import Settings
@@ -53,6 +54,7 @@ def create_app(
             limits = {**layer.kwargs["limits"], "/traces": app.state.settings.max_upload_bytes}
             layer.kwargs["limits"] = limits
     app.state.jobs = Jobs()
+    app.state.desk = Desk("timeline", threads=1, waiting=8, retry_after_s=5)
     parts = (router, planning, run_pages, compare, studies, traces, assets)
     for part in parts:
         app.include_router(part if isinstance(part, APIRouter) else part.router)
@@ -69,6 +71,7 @@ def _close_with(app: FastAPI, jobs: Jobs) -> None:
         async with inner(app) as state:
             yield state
             jobs.close()
+            app.state.desk.close()
 
     app.router.lifespan_context = lifespan
 

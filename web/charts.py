@@ -307,6 +307,35 @@ def line(
     return "".join(parts)
 
 
+def area(
+    values: Sequence[float],
+    *,
+    end: float,
+    unit: str,
+    top: float,
+    title: str,
+    description: str,
+    ident: str,
+) -> str:
+    """Something over time from 0 to `end`, as a filled outline up to `top`."""
+    width, height, base = 300, 104, 82
+    step = width / max(1, len(values) - 1)
+    places = [
+        f"{_n(index * step)} {_n(base - (base - 6) * min(1.0, max(0.0, value / top)))}"
+        for index, value in enumerate(values)
+    ]
+    factor, shown = scale([end], unit)
+    return (
+        _open(width, height, "area", title, description, ident)
+        + f'<path class="fill" d="M0 {base}L{"L".join(places)}L{width} {base}Z"/>'
+        + f'<path class="outline" d="M{"L".join(places)}"/>'
+        + f'<path class="axis" d="M0 {base}.5H{width}"/>'
+        + _text(0, height - 5, "0", "tick")
+        + _text(width, height - 5, f"{number(end / factor)} {shown}".strip(), "tick", "end")
+        + "</svg>"
+    )
+
+
 def histogram(
     heights: Sequence[float],
     *,

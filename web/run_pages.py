@@ -19,11 +19,13 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from markupsafe import Markup
 from starlette.responses import Response
 
+from api.desk import Desk
 from api.errors import ApiError
 from api.lifecycle import ENDS, Status
 from api.middleware import CONTENT_SECURITY_POLICY
 from api.runs import reproduction, view
 from api.store import Filters, decode_cursor, encode_cursor
+from hardware import InputError
 from planner.objectives import OBJECTIVES
 from web import charts
 from web.chart_data import chart_data
@@ -32,6 +34,7 @@ from web.page import back_to, html, principal_of, runs_of, sent_fields
 from web.pages import render
 from web.plan_page import plan_page_view
 from web.run_view import result_page_view
+from web.timeline import timeline
 from web.view import AXES, plan_label, request_yaml
 
 router = APIRouter(include_in_schema=False)
@@ -141,7 +144,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
         "status": run["status"],
         "words": STATUS_WORDS[run["status"]],
         "ended": run["status"] in ENDS,
-        "has_result": bool(summary),
+        "has_result": bool(best),
         "ago": ago(run["created_at"]),
         "when": when(run["created_at"]),
         "ttft": quantity((best.get("ttft_s") or {}).get("p95"), "s"),
@@ -371,6 +374,29 @@ async def points(request: Request, run_id: str) -> JSONResponse:
     """For the page's script: every simulated plan as columns of numbers."""
     result = await result_of(request, run_id)
     return JSONResponse(await asyncio.to_thread(chart_data, result))
+
+
+@router.get("/runs/{run_id}/plans/{plan_id}/timeline")
+async def plan_timeline(request: Request, run_id: str, plan_id: str) -> HTMLResponse:
+    """A plan over time, simulated anew: a part of its page for scripts, a page of its own without."""
+    runs = runs_of(request)
+    run = await runs.get(run_id)
+    result = await result_of(request, run_id)
+    entries = {entry["id"]: entry for entry in result["plans"]}
+    if plan_id not in entries:
+        raise ApiError(404, "The run's answer has no plan of this id.", kind="no-plan")
+    desk: Desk = request.app.state.desk
+    plan = entries[plan_id]["plan"]
+    try:
+        shown = await desk.run(lambda: timeline(result["request"], plan, runs))
+    except InputError as error:
+        raise ApiError(422, f"The plan cannot be simulated again: {error.message}.") from None
+    part = request.query_params.get("part") == "1"
+    if part:
+        return HTMLResponse(render("_timeline.html", t=shown))
+    facts = await _facts(request, run)
+    label = plan_label(plan)
+    return html(request, "timeline.html", here="runs", run=facts, t=shown, plan_id=plan_id, label=label)
 
 
 @router.get("/runs/{run_id}/plans/{plan_id}")

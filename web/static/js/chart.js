@@ -80,6 +80,14 @@ function lines() {
   const tx = target(axisX.value), ty = target(axisY.value);
   if (tx) shapes.push({ type: "line", xref: "x", yref: "paper", x0: tx, x1: tx, y0: 0, y1: 1, line, label: { ...label(axisX.value), textposition: "end", textangle: 0, xanchor: "right", yanchor: "top" } });
   if (ty) shapes.push({ type: "line", xref: "paper", yref: "y", x0: 0, x1: 1, y0: ty, y1: ty, line, label: { ...label(axisY.value), textposition: "end", yanchor: "bottom" } });
+  if (rescored >= 0 && data.values[axisX.value][rescored] !== null && data.values[axisY.value][rescored] !== null) {
+    // A frame of constant size around the plan that is best under the moved targets.
+    shapes.push({
+      type: "rect", xsizemode: "pixel", ysizemode: "pixel", x0: -12, x1: 12, y0: -12, y1: 12,
+      xanchor: data.values[axisX.value][rescored], yanchor: data.values[axisY.value][rescored],
+      line: { color: colour("--mark-chosen"), width: 2.5 },
+    });
+  }
   return shapes;
 }
 
@@ -109,11 +117,6 @@ function draw() {
   traces.push(trace([FRONT, RECOMMENDED], WORDS[FRONT], { symbol: "circle", size: 9, color: colour("--mark-front"), line: { width: 1, color: colour("--card") } },
     { sorted: true, mode: data.objectives.length === 2 ? "lines+markers" : "markers", line: { color: colour("--mark-front"), width: 1 } }));
   traces.push(trace([RECOMMENDED, NEAREST], data.kind.includes(NEAREST) ? WORDS[NEAREST] : WORDS[RECOMMENDED], { symbol: "diamond", size: 15, color: colour("--mark-chosen"), line: { width: 1.5, color: colour("--card") } }));
-  const again = rescored >= 0 && data.values[axisX.value][rescored] !== null ? [rescored] : [];
-  members.push(again);
-  traces.push({ type: "scatter", mode: "markers", name: "Best under moved targets", showlegend: again.length > 0, hoverinfo: "text",
-    x: again.map((i) => data.values[axisX.value][i]), y: again.map((i) => data.values[axisY.value][i]), text: again.map(text),
-    marker: { symbol: "square-open", size: 20, color: colour("--mark-chosen"), line: { width: 2.5 } } });
   const axis = (name) => ({
     title: { text: title(name), font: { size: 13 }, standoff: 10 }, type: withLog.checked ? "log" : "linear",
     gridcolor: grid, linecolor: soft, zeroline: false, tickfont: { color: soft, size: 12 }, range: range(name), automargin: true,
@@ -242,13 +245,8 @@ function moved(slider) {
   requestAnimationFrame(() => {
     due = false;
     rescore();
-    const last = plot.data.length - 1;
-    const again = rescored >= 0 ? [rescored] : [];
-    members[last] = again;
-    Plotly.update(plot, {
-      x: [again.map((i) => data.values[axisX.value][i])], y: [again.map((i) => data.values[axisY.value][i])],
-      text: [again.map(text)], showlegend: again.length > 0,
-    }, { shapes: lines() }, [last]);
+    // Shapes alone are redrawn, not five thousand points.
+    Plotly.relayout(plot, { shapes: lines() });
   });
 }
 
