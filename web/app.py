@@ -83,6 +83,9 @@ def respond(request: Request, error: ApiError) -> Response:
         return problem_response(request, error)
     if error.status == 401:
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        if request.method == "GET" and request.headers.get("sec-fetch-site") == "cross-site":
+            # A link in a mail: the browser sends the session only with what our own pages ask for.
+            return HTMLResponse(render("again.html", target=safe_target(target)))
         # Not the gate's own header: it would open the browser's box for names and passwords.
         return HTMLResponse(login_page(safe_target(target if request.method == "GET" else "/")), 401)
     page = render("error.html", problem=error.problem())

@@ -89,11 +89,11 @@ DEFAULT_OBJECTIVES = ("latency", "energy", "cost")
 #: Limits of the plan space: field -> (words, kind of its values).
 SPACE: dict[str, tuple[str, str]] = {
     "replicas": ("Replicas", "whole"),
-    "tensor": ("Tensor parallel", "whole"),
-    "pipeline": ("Pipeline parallel", "whole"),
-    "expert": ("Expert parallel", "whole"),
-    "attention_data": ("Attention data parallel", "whole"),
-    "context": ("Context parallel", "whole"),
+    "tensor": ("Tensor (TP)", "whole"),
+    "pipeline": ("Pipeline (PP)", "whole"),
+    "expert": ("Expert (EP)", "whole"),
+    "attention_data": ("Attention data (ADP)", "whole"),
+    "context": ("Context (CP)", "whole"),
     "pools": ("Pools", "text"),
     "weights": ("Weight formats", "text"),
     "activations": ("Activation formats", "text"),

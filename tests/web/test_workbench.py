@@ -295,6 +295,9 @@ def test_a_key_opens_a_session_and_stays_on_the_server(tmp_path: Path) -> None:
             assert client.get("/runs").status_code == 200
             assert client.get("/api/v1/runs").status_code == 200
             client.cookies.clear()
+            from_mail = client.get("/runs?q=1", headers={"sec-fetch-site": "cross-site"})
+            assert 'content="0; url=/runs?q=1"' in checked(from_mail.text)
+            client.cookies.clear()
             client.cookies.set(COOKIE, "made-up")
             assert client.get("/runs").status_code == 401
     finally:

@@ -23,7 +23,7 @@ async function post(path) {
 function showErrors(errors, general) {
   for (const box of fields.querySelectorAll("[data-field]")) {
     const name = box.dataset.field;
-    const control = box.querySelector("input:not([type=checkbox]), select, textarea");
+    const control = document.getElementById(name) ?? box.querySelector("input:not([type=checkbox]), select, textarea");
     for (const old of box.querySelectorAll(".error")) old.remove();
     control?.removeAttribute("aria-invalid");
     const list = errors[name] ?? [];
