@@ -347,8 +347,8 @@ class Direct:
 
     def rerun(self, run_id: str) -> Json:
         """Plan a run's request here and now, and compare; nothing is stored."""
-        from api.runs import judge_rerun, versions
-        from api.solver import Job, make_planner, solve
+        from api.runs import judge_rerun
+        from api.solver import Job, make_planner, solve, versions
 
         first = self._row(run_id)
         trace = (json.loads(first["request"])["workload"] or {}).get("trace")

@@ -25,11 +25,11 @@ from api.errors import ApiError, problems_of, unprocessable
 from api.keys import Principal
 from api.lifecycle import ENDS, Status
 from api.settings import Settings
+from api.solver import versions
 from api.store import Filters, IdempotencyConflict, NewRun, QuotaReached, Store, is_id
 from api.webhooks import problem_of_url
 from hardware import InputError, load_catalog
 from planner.models import load_model
-from planner.pipeline import version
 
 _T = TypeVar("_T")
 #: Between two looks for changes of watched runs, in s.
@@ -488,19 +488,6 @@ def canonical_device(name: str) -> str:
         return load_catalog().device(name, "device").name
     except InputError:
         return name
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Versions of everything an answer depends on."""
-    from costmodels import artifact_rows
-
-    predictors = json.dumps(artifact_rows(), sort_keys=True, default=str)
-    return {
-        "planfront": version(),
-        "catalog": load_catalog().version,
-        "predictors": hashlib.sha256(predictors.encode()).hexdigest()[:16],
-    }
 
 
 def _options(data: Any, settings: Settings) -> RunOptions:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,19 @@ def serve(
     """
     import uvicorn
 
-    set_up_logs(log_format)
     settings = Settings.from_env()
     url = database_url or default_url()
     store = open_store(url)
     local = is_loopback(host)
     has_keys = store.has_keys()
     if not local and not has_keys and not insecure:
+        store.close()
         raise InputError(
             "--host",
             f"{host} can be reached by others, and there are no API keys",
             "make one with `planfront keys create --role admin`, or say --insecure",
         )
+    set_up_logs(log_format)
     app = make_app(
         settings=settings,
         store=store,
@@ -193,6 +194,9 @@ def work(*, database_url: str | None, supervised: bool, log_format: str) -> None
     """One worker in this process, until a signal (or, supervised, the end of standard input) says stop."""
     from api.worker import Worker
 
+    # The supervisor has brought a file's schema forward; who starts a worker alone does it by command.
+    settings = Settings.from_env()
+    store: Store = open_store(database_url, upgrade=False)
     set_up_logs(log_format)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -200,20 +204,13 @@ def work(*, database_url: str | None, supervised: bool, log_format: str) -> None
     if supervised:
 
         def watch() -> None:
-            sys.stdin.buffer.read()
+            # Not through sys.stdin: its lock, held here, would break the interpreter's end.
+            while os.read(0, 4096):
+                pass
             stop.set()
 
         threading.Thread(target=watch, name="supervisor", daemon=True).start()
-    # The supervisor has brought a file's schema forward; who starts a worker alone does it by command.
-    store: Store = open_store(database_url, upgrade=False)
     try:
-        Worker(store, Settings.from_env(), stop).run_forever()
+        Worker(store, settings, stop).run_forever()
     finally:
         store.close()
-
-
-def shown_settings(settings: Settings) -> Mapping[str, int | float]:
-    """All limits by the names of their variables."""
-    from dataclasses import asdict
-
-    return {f"PLANFRONT_{name.upper()}": value for name, value in asdict(settings).items()}

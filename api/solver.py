@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,23 @@ class Found:
     summary: Mapping[str, Any] | None = None
     simulations: int = 0
     cancelled: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
     error: Mapping[str, Any] | None = None
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Versions of everything an answer depends on."""
+    from costmodels import artifact_rows
+    from hardware import load_catalog
+    from planner.pipeline import version
+
+    predictors = json.dumps(artifact_rows(), sort_keys=True, default=str)
+    return {
+        "planfront": version(),
+        "catalog": load_catalog().version,
+        "predictors": hashlib.sha256(predictors.encode()).hexdigest()[:16],
+    }
 
 
 def result_digest(result: Mapping[str, Any]) -> str:
@@ -225,6 +242,7 @@ def solve(planner: Any, job: Job, tell: Callable[[str, Any], None], cancelled: C
         summary=summary_of(result),
         simulations=reporter.count,
         cancelled=cancelled(),
+        versions=versions(),
     )
 
 

@@ -234,6 +234,7 @@ class Worker:
                 error=found.error,
                 events=events,
                 simulations=found.simulations,
+                versions=found.versions,
             )
         if stored:
             _LOG.info("run ended", extra={"status": str(found.status if found else reason)})

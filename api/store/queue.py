@@ -216,8 +216,12 @@ class Queue:
         error: Mapping[str, Any] | None = None,
         events: Sequence[tuple[str, Mapping[str, Any]]] = (),
         simulations: int = 0,
+        versions: Mapping[str, str] | None = None,
     ) -> bool:
-        """End the run with its one result. False, and nothing stored, when it is not held any more."""
+        """End the run with its one result. False, and nothing stored, when it is not held any more.
+
+        `versions`: those that the answer was worked out under, where they are not those of the asking.
+        """
         at = time.time()
         with self.database.write() as connection:
             row = connection.execute(
@@ -233,6 +237,7 @@ class Queue:
                     summary=None if summary is None else json.dumps(summary, allow_nan=False),
                     error=None if error is None else json.dumps(error, allow_nan=False),
                     result_digest=result_digest,
+                    **({"versions": json.dumps(versions)} if versions else {}),
                 )
                 .returning(RUN.c.version, RUN.c.started_at, RUN.c.webhook_url)
             ).one_or_none()

@@ -16,6 +16,8 @@ from fastapi.testclient import TestClient
 
 from api.app import create_api
 from api.settings import Settings
+from api.store import new_id
+from tests.api import postgres
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -48,6 +50,22 @@ def request_data() -> dict[str, Any]:
 def client() -> Iterator[TestClient]:
     with TestClient(create_api(settings=Settings())) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def pg_address() -> Iterator[str]:
+    """A PostgreSQL server of the tests' own; skips where there is no program for one."""
+    reason = postgres.why_not()
+    if reason:
+        pytest.skip(reason)
+    with postgres.server() as address:
+        yield address
+
+
+@pytest.fixture
+def pg_url(pg_address: str) -> str:
+    """A fresh, empty PostgreSQL database."""
+    return postgres.new_database(pg_address, f"test_{new_id()}")
 
 
 # --- the command line ------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ def work(store: Store, taken: Claim | None = None) -> str:
         error=found.error,
         events=events,
         simulations=found.simulations,
+        versions=found.versions,
     )
     return taken.run_id
 

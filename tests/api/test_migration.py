@@ -14,7 +14,6 @@ from sqlalchemy import MetaData, text
 
 from api.store import Database, Filters, Store, open_store
 from planner import PlanningResult
-from tests.api import postgres
 
 FIRST = Path(__file__).parent / "data" / "schema_0001.sql"
 
@@ -33,22 +32,19 @@ def old_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield url
         return
-    if postgres.why_not():
-        pytest.skip(postgres.why_not())
-    with postgres.server() as address:
-        target = Database(postgres.new_database(address, "old"))
-        target.upgrade("0001")
-        source = Database(url)
-        tables = MetaData()
-        tables.reflect(source.engine)
-        with source.read() as read, target.write() as write:
-            for table in tables.sorted_tables:
-                rows: list[dict[str, Any]] = [dict(row._mapping) for row in read.execute(table.select())]
-                if rows and table.name != "alembic_version":
-                    write.execute(table.insert(), rows)
-        source.close()
-        target.close()
-        yield target.url
+    target = Database(request.getfixturevalue("pg_url"))
+    target.upgrade("0001")
+    source = Database(url)
+    tables = MetaData()
+    tables.reflect(source.engine)
+    with source.read() as read, target.write() as write:
+        for table in tables.sorted_tables:
+            rows: list[dict[str, Any]] = [dict(row._mapping) for row in read.execute(table.select())]
+            if rows and table.name != "alembic_version":
+                write.execute(table.insert(), rows)
+    source.close()
+    target.close()
+    yield target.url
 
 
 def test_runs_come_forward_and_go_on(old_url: str) -> None:

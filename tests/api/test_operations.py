@@ -8,6 +8,7 @@ import hmac
 import http.server
 import json
 import logging
+import shutil
 import sqlite3
 import threading
 import time
@@ -24,7 +25,6 @@ from api.settings import Settings
 from api.store import Delivered, Filters, Store, open_store
 from api.store.backup import copy_database
 from hardware import InputError
-from tests.api import postgres
 from tests.api.conftest import small_request
 from tests.api.serving import service, work
 from tests.api.store_conformance import claimed, new_run
@@ -230,13 +230,12 @@ def test_a_backup_is_a_whole_database(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_backup_of_postgresql(tmp_path: Path) -> None:
-    if postgres.why_not() or postgres.program("pg_dump") is None:
-        pytest.skip(postgres.why_not() or "no pg_dump on this machine")
-    with postgres.server() as address:
-        store = open_store(postgres.new_database(address, "a"), upgrade=True)
-        assert copy_database(store.database, tmp_path / "copy.dump") > 1000
-        store.close()
+def test_a_backup_of_postgresql(tmp_path: Path, pg_url: str) -> None:
+    if shutil.which("pg_dump") is None:
+        pytest.skip("no pg_dump on this machine")
+    store = open_store(pg_url, upgrade=True)
+    assert copy_database(store.database, tmp_path / "copy.dump") > 1000
+    store.close()
     assert (tmp_path / "copy.dump").read_bytes()[:5] == b"PGDMP"
 
 

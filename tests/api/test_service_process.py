@@ -16,7 +16,6 @@ import pytest
 
 from api.client import Client, ServiceError
 from api.store import Filters, Store, open_store
-from tests.api import postgres
 from tests.api.conftest import ROOT, small_request
 
 ENVIRON = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -202,59 +201,23 @@ def test_a_term_signal_gives_back_what_runs_and_ends_streams(tmp_path: Path) -> 
     assert not [line for line in lines if line["level"] == "error"], lines
 
 
-def test_keys_by_command_close_the_service(tmp_path: Path) -> None:
-    served = Served(tmp_path, "--workers", "0", PLANFRONT_SERVER="")
-    made = served.command("keys", "create", "--role", "viewer", "--name", "t")
-    assert made.returncode == 0, made.stderr
-    key = made.stdout.strip()
-    assert key.startswith("pf_")
-    time.sleep(2.1)  # the gate believes what it saw for two seconds
-    with Client(served.url, key="") as nobody, pytest.raises(ServiceError, match="API key"):
-        nobody.runs()
-    with Client(served.url, key=key) as client:
-        assert client.runs() == []
-        with pytest.raises(ServiceError, match="role"):
-            client.submit(small_request())
-    listed = json.loads(served.command("keys", "list", "--json").stdout)
-    assert [row["state"] for row in listed] == ["active"]
-    assert key not in json.dumps(listed)
-    assert served.command("keys", "revoke", listed[0]["id"]).returncode == 0
-    assert served.command("keys", "revoke", listed[0]["id"]).returncode == 2
-    assert served.command("backup", "copy.db").returncode == 0
-    assert (tmp_path / "copy.db").exists()
-    assert served.command("prune", "--older-than", "0").stdout == "0 runs deleted\n"
-    assert served.command("db", "check").returncode == 0
-    assert served.stop() == 0
-
-
-def test_api_and_worker_share_postgresql(tmp_path: Path) -> None:
-    if postgres.why_not():
-        pytest.skip(postgres.why_not())
-    with postgres.server() as address:
-        url = postgres.new_database(address, "team")
-        early = subprocess.run(
-            [sys.executable, "-m", "api.cli", "worker"],
-            capture_output=True, text=True, timeout=60,
-            env={**os.environ, **ENVIRON, "PLANFRONT_DATABASE_URL": url},
-        )  # fmt: skip
-        assert early.returncode == 2
-        assert "planfront db upgrade" in early.stderr
-        open_store(url, upgrade=True).close()
-        served = Served(tmp_path, "--workers", "0", PLANFRONT_DATABASE_URL=url)
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "api.cli", "worker"], stderr=served.log, env=served.environ
-        )
-        try:
-            with Client(served.url) as client:
-                run = client.submit(small_request(), wait_s=40)
-                assert run["status"] == "done"
-                assert client.result(run["id"])["plans"]
-            worker.send_signal(signal.SIGTERM)
-            assert worker.wait(20) == 0
-        finally:
-            worker.kill()
-            worker.wait()
-            assert served.stop() == 0
+def test_api_and_worker_share_postgresql(tmp_path: Path, pg_url: str) -> None:
+    open_store(pg_url, upgrade=True).close()
+    served = Served(tmp_path, "--workers", "0", PLANFRONT_DATABASE_URL=pg_url)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "api.cli", "worker"], stderr=served.log, env=served.environ
+    )
+    try:
+        with Client(served.url) as client:
+            run = client.submit(small_request(), wait_s=40)
+            assert run["status"] == "done"
+            assert client.result(run["id"])["plans"]
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+        assert served.stop() == 0
 
 
 def test_no_service_for_others_without_keys(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from hardware import InputError
 from tests.api import postgres
 from tests.api.store_conformance import StoreConformance, new_run
 
-_NAMES = itertools.count()
 TABLES = "checkpoint, delivery, event, result, idempotency, run, upload_part, upload, worker, tally, api_key"
 
 
@@ -26,15 +24,6 @@ class TestSqlite(StoreConformance):
         found = open_store(f"sqlite:///{tmp_path}/runs.db")
         yield found
         found.close()
-
-
-@pytest.fixture(scope="module")
-def pg_address() -> Iterator[str]:
-    reason = postgres.why_not()
-    if reason:
-        pytest.skip(reason)
-    with postgres.server() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +54,8 @@ class TestPostgres(StoreConformance):
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/schema.db"
-    address: str = request.getfixturevalue("pg_address")
-    return postgres.new_database(address, f"schema{next(_NAMES)}")
+    found: str = request.getfixturevalue("pg_url")
+    return found
 
 
 def test_the_migrations_make_the_tables_of_the_code(empty_url: str) -> None:

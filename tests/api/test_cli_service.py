@@ -1,0 +1,120 @@
+"""The service's commands in this process: keys, db, runs, rerun, backup, prune, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from api import cli_service
+from api.cli import main
+from api.keys import fits, split_key
+from api.store import Store, open_store
+from tests.api.conftest import Captured, error_of
+from tests.api.store_conformance import claimed, new_run
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The user's own database, in a folder of the test."""
+    monkeypatch.setenv("PLANFRONT_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.delenv("PLANFRONT_SERVER", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    found = open_store(f"sqlite:///{tmp_path}/data/planfront.db")
+    found.close()
+    return found
+
+
+def test_a_key_is_shown_once_and_can_be_revoked(store: Store, capsys: Captured) -> None:
+    assert main(["keys", "create", "--role", "viewer", "--name", "t", "--days", "1"]) == 0
+    out, err = capsys.readouterr()
+    parts = split_key(out.strip())
+    assert parts is not None
+    assert "not shown again" in err
+    record = store.key(parts[0])
+    assert record is not None
+    assert record.role == "viewer"
+    assert fits(parts[1], record, time.time())
+    assert not fits(parts[1], record, time.time() + 86_401)
+    assert main(["keys", "list", "--json"]) == 0
+    listed = capsys.readouterr().out
+    assert [row["state"] for row in json.loads(listed)] == ["active"]
+    assert parts[1] not in listed
+    assert main(["keys", "revoke", parts[0]]) == 0
+    capsys.readouterr()
+    assert main(["keys", "revoke", parts[0]]) == 2
+    assert "no active key" in error_of(capsys)
+    assert main(["keys", "list"]) == 0
+    assert "revoked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["keys", "revoke"], "needs the ID"),
+        (["keys", "create", "x"], "nothing else takes one"),
+        (["keys", "create", "--days", "0"], "--days"),
+        (["keys", "create", "--name", "x" * 101], "--name"),
+        (["serve", "--port", "70000"], "--port"),
+        (["serve", "--workers", "-1"], "--workers"),
+        (["serve", "--host", "0.0.0.0"], "there are no API keys"),
+        (["runs", "--cancel"], "name the run"),
+        (["runs", "0" * 28], "there is no run"),
+        (["runs", "--server", "nonsense"], "--server"),
+        (["rerun", "x"], "there is no run"),
+        (["prune", "--older-than", "-1"], "--older-than"),
+        (["backup", "data"], "exists already"),
+        (["backup", "no/where.db"], "folder does not exist"),
+        (["db", "check", "--database-url", "mysql://a/b"], "SQLite and PostgreSQL"),
+    ],
+)
+def test_what_is_refused_in_one_sentence(
+    store: Store, capsys: Captured, arguments: list[str], words: str
+) -> None:
+    assert main(arguments) == 2
+    assert words in error_of(capsys)
+
+
+def test_db(store: Store, capsys: Captured, tmp_path: Path) -> None:
+    assert main(["db", "check"]) == 0
+    store.database.downgrade("0001")
+    capsys.readouterr()
+    assert main(["db", "check"]) == 2
+    assert "planfront db upgrade" in error_of(capsys)
+    assert main(["db", "upgrade"]) == 0
+    assert main(["db", "check"]) == 0
+    capsys.readouterr()
+    store.database.downgrade("0001")
+    assert main(["worker"]) == 2, "a worker changes no schema"
+    assert "planfront db upgrade" in error_of(capsys)
+
+
+def test_runs_backup_and_prune(store: Store, capsys: Captured, tmp_path: Path) -> None:
+    ids = [store.submit(new_run(label="x"))[0] for _ in range(2)]
+    assert main(["runs", "--label", "x"]) == 0
+    out = capsys.readouterr().out
+    assert all(run_id in out for run_id in ids)
+    assert main(["runs", ids[0], "--cancel"]) == 3
+    assert "cancelled" in capsys.readouterr().out
+    claim = claimed(store)
+    assert main(["runs", claim.run_id, "--json", "--wait", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "running"
+    assert main(["runs", claim.run_id, "--result", "-"]) == 2
+    assert "has no result" in error_of(capsys)
+    assert main(["backup", "copy.db"]) == 0
+    assert (tmp_path / "copy.db").exists()
+    capsys.readouterr()
+    assert main(["prune", "--older-than", "0"]) == 0
+    assert capsys.readouterr().out == "1 runs deleted\n"
+    assert main(["runs", "--json", "--status", "queued"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_every_command_of_the_service_has_a_function() -> None:
+    from api.cli import SERVICE
+
+    for name in SERVICE:
+        assert callable(getattr(cli_service, name))
