@@ -5,17 +5,22 @@ Needs Playwright for Python and a Chromium of the system; with Pillow the files 
 
 from __future__ import annotations
 
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import sync_playwright
 
 from api.client import Client
+from api.keys import make_key
+from api.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "llama-3.1-8b"
@@ -42,6 +47,10 @@ def answered(client: Client, body: dict[str, Any], label: str = "") -> str:
     return str(client.wait(run["id"], 120)["id"])
 
 
+def chrome() -> str:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+
+
 def small(file: Path) -> None:
     """Few colours are enough for a page."""
     try:
@@ -56,26 +65,34 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as data:
-        serve = [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--workers", "1"]
-        service = subprocess.Popen(
-            [*serve, "--database-url", f"sqlite:///{data}/runs.db"],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        try:
-            take(folder, address_of(service), Path(data))
-        finally:
-            service.terminate()
-            service.wait()
+        with serving(f"sqlite:///{data}/runs.db") as address:
+            take(folder, address, Path(data))
+        store = open_store(f"sqlite:///{data}/keys.db")
+        store.add_key(make_key("pictures", "planner")[1])
+        store.close()
+        with serving(f"sqlite:///{data}/keys.db") as address, sync_playwright() as started:
+            login(started, folder, address)
+    print(f"{len(list(folder.glob('*.png')))} pictures in {folder.name}")
+
+
+@contextmanager
+def serving(database_url: str) -> Iterator[str]:
+    """The address of a service with one worker."""
+    command = [sys.executable, "-m", "api.cli", "serve", "--port", "0", "--workers", "1"]
+    service = subprocess.Popen(
+        [*command, "--database-url", database_url], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        yield address_of(service)
+    finally:
+        service.terminate()
+        service.wait()
 
 
 def address_of(service: subprocess.Popen[str]) -> str:
     assert service.stderr is not None
     for line in service.stderr:
         if "http://" in line:
-            import threading
-
             threading.Thread(target=service.stderr.read, daemon=True).start()
             return "http://" + line.split("http://")[1].split()[0]
     raise SystemExit("the service did not start")
@@ -88,9 +105,8 @@ def take(folder: Path, address: str, data: Path) -> None:
         answered(client, {**request("llama-3.1-70b", "l4", 2, 4.0), "objectives": ["cost", "tpot"]})
         tight = request(MODEL, "l4", 4, 8.0) | {"slo": {"tpot_s": {"p95": 0.004}}}
         missed = answered(client, tight, "too tight for L4")
-    chrome = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chrome, args=["--no-sandbox"])
+        browser = started.chromium.launch(executable_path=chrome(), args=["--no-sandbox"])
         sweep, fleet = studies(browser, address, first)
         trace(browser, address, data)
         pages = {
@@ -120,17 +136,20 @@ def take(folder: Path, address: str, data: Path) -> None:
                         page.wait_for_selector("#explorer[data-ready]")
                     if name == "form":
                         page.add_style_tag(content=".actions.sticky { position: static !important }")
+                    if name == "plan":
+                        page.locator("#timeline").scroll_into_view_if_needed()
+                        page.wait_for_selector("#timeline svg")
+                        page.evaluate("scrollTo(0, 0)")
                     shoot(page, folder / f"{name}-{size}-{scheme}.png", width)
                 live(page, address, folder / f"live-{size}-{scheme}.png", width)
                 context.close()
         browser.close()
-    login(folder)
 
 
 def shoot(page: Any, file: Path, width: int) -> None:
     page.wait_for_timeout(300)
     tall = page.evaluate("document.documentElement.scrollHeight")
-    most = 1600 if width > 600 else 1800
+    most = 3000
     page.screenshot(
         path=file, full_page=True, clip={"x": 0, "y": 0, "width": width, "height": min(tall, most)}
     )
@@ -165,8 +184,6 @@ def studies(browser: Any, address: str, run: str) -> tuple[str, str]:
 
 
 def trace(browser: Any, address: str, data: Path) -> None:
-    import random
-
     draw, at, lines = random.Random(0), 0.0, []
     for _ in range(2000):
         at += draw.expovariate(6.0)
@@ -180,11 +197,15 @@ def trace(browser: Any, address: str, data: Path) -> None:
     page.close()
 
 
-def login(folder: Path) -> None:
-    from web.pages import login_page
-
-    assert login_page("/")
-    print(f"{len(list(folder.glob('*.png')))} pictures in {folder.name} at {time.strftime('%H:%M')}")
+def login(started: Any, folder: Path, address: str) -> None:
+    browser = started.chromium.launch(executable_path=chrome(), args=["--no-sandbox"])
+    for size, (width, height) in SIZES.items():
+        for scheme in ("light", "dark"):
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            page.goto(f"{address}/runs")
+            shoot(page, folder / f"login-{size}-{scheme}.png", width)
+            page.close()
+    browser.close()
 
 
 if __name__ == "__main__":

@@ -167,23 +167,7 @@ def scatter(
     across = _Axis([p["x"] for p in drawable], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
     up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], HEIGHT - _BOTTOM, _TOP)
     parts = [_open(WIDTH, HEIGHT, "scatter", title, description, ident)]
-    for tick, told in zip(across.ticks, across.labels, strict=True):
-        place = across.place_shown(tick)
-        parts.append(f'<path class="grid" d="M{_n(place)} {_TOP}V{HEIGHT - _BOTTOM}"/>')
-        anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
-        parts.append(_text(min(place, WIDTH - 2), HEIGHT - _BOTTOM + 17, told, "tick", anchor))
-    for tick, told in zip(up.ticks, up.labels, strict=True):
-        place = up.place_shown(tick)
-        parts.append(f'<path class="grid" d="M{_LEFT} {_n(place)}H{WIDTH - _RIGHT}"/>')
-        parts.append(_text(_LEFT - 7, place + 4, told, "tick", "end"))
-    parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
-    logs = {True: ", log scale", False: ""}
-    parts.append(
-        _text(
-            WIDTH - _RIGHT, HEIGHT - 8, _direction(across.label + logs[across.log], x, "← "), "label", "end"
-        )
-    )
-    parts.append(_text(4, _TOP - 14, _direction(up.label + logs[up.log], y, "↓ "), "label"))
+    parts += _frame(across, up, x, y)
     seen: set[tuple[str, str, str]] = set()
     used = []
     for kind, words in KINDS.items():
@@ -206,6 +190,29 @@ def scatter(
         at += 13 + _LETTER * 1.04 * len(words) + 24
     parts.append("</svg>")
     return "".join(parts)
+
+
+def _frame(across: _Axis, up: _Axis, x: Mapping[str, str], y: Mapping[str, str]) -> list[str]:
+    """Grid, axes and their labels."""
+    parts: list[str] = []
+    for tick, told in zip(across.ticks, across.labels, strict=True):
+        place = across.place_shown(tick)
+        parts.append(f'<path class="grid" d="M{_n(place)} {_TOP}V{HEIGHT - _BOTTOM}"/>')
+        anchor = "end" if place > WIDTH - _RIGHT - 20 else "middle"
+        parts.append(_text(min(place, WIDTH - 2), HEIGHT - _BOTTOM + 17, told, "tick", anchor))
+    for tick, told in zip(up.ticks, up.labels, strict=True):
+        place = up.place_shown(tick)
+        parts.append(f'<path class="grid" d="M{_LEFT} {_n(place)}H{WIDTH - _RIGHT}"/>')
+        parts.append(_text(_LEFT - 7, place + 4, told, "tick", "end"))
+    parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{HEIGHT - _BOTTOM}H{WIDTH - _RIGHT}"/>')
+    logs = {True: ", log scale", False: ""}
+    parts.append(
+        _text(
+            WIDTH - _RIGHT, HEIGHT - 8, _direction(across.label + logs[across.log], x, "← "), "label", "end"
+        )
+    )
+    parts.append(_text(4, _TOP - 14, _direction(up.label + logs[up.log], y, "↓ "), "label"))
+    return parts
 
 
 def _direction(label: str, axis: Mapping[str, str], low: str) -> str:
@@ -334,6 +341,52 @@ def area(
         + _text(width, height - 5, f"{number(end / factor)} {shown}".strip(), "tick", "end")
         + "</svg>"
     )
+
+
+#: Shapes of series, by their letter.
+SERIES = "ABCD"
+
+
+def _series_mark(index: int, x: float, y: float, tip: str = "") -> str:
+    """Disc, square, diamond or triangle: series differ in shape, not in colour alone."""
+    shapes = (
+        f"M{_n(x - 4.5)} {_n(y)}a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
+        f"M{_n(x - 4)} {_n(y - 4)}h8v8h-8z",
+        f"M{_n(x)} {_n(y - 5.5)}l5.5 5.5l-5.5 5.5l-5.5 -5.5z",
+        f"M{_n(x)} {_n(y - 5)}l5 9h-10z",
+    )
+    title = f"<title>{escape(tip)}</title>" if tip else ""
+    return f'<path class="seg-{index} series" d="{shapes[index]}">{title}</path>'
+
+
+def overlay(
+    series: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    x: Mapping[str, str],
+    y: Mapping[str, str],
+    title: str,
+    description: str,
+    ident: str,
+) -> str:
+    """Fronts of up to four answers over the same axes. A point is `{"x", "y", "label"}`."""
+    drawable = [[p for p in points if _finite(p["x"]) and _finite(p["y"])] for points in series]
+    together = [point for points in drawable for point in points]
+    if not together:
+        return ""
+    across = _Axis([p["x"] for p in together], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
+    up = _Axis([p["y"] for p in together], y["label"], y["unit"], HEIGHT - _BOTTOM, _TOP)
+    parts = [_open(WIDTH, HEIGHT, "scatter", title, description, ident)]
+    parts += _frame(across, up, x, y)
+    for index, points in enumerate(drawable):
+        for point in points:
+            parts.append(
+                _series_mark(index, across.place(point["x"]), up.place(point["y"]), str(point["label"]))
+            )
+        at = 12 + 44 * index
+        parts.append(_series_mark(index, at, 12))
+        parts.append(_text(at + 11, 16, SERIES[index], "legend"))
+    parts.append("</svg>")
+    return "".join(parts)
 
 
 def histogram(

@@ -10,14 +10,17 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
+from markupsafe import Markup
 
 from api.errors import ApiError
 from hardware import InputError
 from planner.exports import export_plan
+from planner.objectives import OBJECTIVES
+from web import charts
 from web.format import count, number, percent, quantity
 from web.page import html, runs_of
 from web.run_pages import machines, result_of
-from web.view import MEMORY, TIME, bar_of, plan_label, plan_settings
+from web.view import AXES, MEMORY, TIME, bar_of, objective_of, plan_label, plan_settings
 
 router = APIRouter(include_in_schema=False)
 _MOST = 4
@@ -129,6 +132,7 @@ def _view(items: list[dict[str, Any]]) -> dict[str, Any]:
         "requests": _differences([_flat(item["asked"]) for item in items]) if several_runs else [],
         "diff": _manifest_diff(items),
         "intervals": _overlaps(items),
+        "fronts": _fronts(items) if several_runs else [],
     }
 
 
@@ -198,6 +202,41 @@ def _manifest_diff(items: list[dict[str, Any]]) -> list[str]:
             return []
     first, second = texts
     return list(difflib.unified_diff(first, second, "A", "B", lineterm="", n=1))[:200]
+
+
+def _fronts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs' fronts over the same axes."""
+    results = [item["result"] for item in items]
+    drawn = []
+    for first, second in (("tpot", "cost"), ("latency", "energy")):
+        series = [
+            [
+                {
+                    "x": objective_of(first, entry["metrics"]),
+                    "y": objective_of(second, entry["metrics"]),
+                    "label": plan_label(entry["plan"]),
+                }
+                for entry in result["plans"]
+                if entry["id"] in set(result["front"])
+            ]
+            for result in results
+        ]
+        axes = [
+            {"label": AXES[name], "unit": OBJECTIVES[name].unit, "better": "low"} for name in (first, second)
+        ]
+        told = ", ".join(f"{'ABCD'[index]} {len(points)}" for index, points in enumerate(series))
+        title = f"{AXES[first]} against {AXES[second][0].lower()}{AXES[second][1:]}"
+        svg = charts.overlay(
+            series,
+            x=axes[0],
+            y=axes[1],
+            title=title,
+            description=f"Plans on the fronts: {told}.",
+            ident=f"fronts-{first}",
+        )
+        if svg:
+            drawn.append({"title": title, "chart": Markup(svg)})
+    return drawn
 
 
 def _overlaps(items: list[dict[str, Any]]) -> list[str]:

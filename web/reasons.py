@@ -168,3 +168,35 @@ def sensitivity(
             least = cost
             steps.append({"target_s": value, "cost": cost, "entry": entry})
     return steps
+
+
+def relaxations(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For an answer without a plan that meets the targets: for each target, how far it alone would have to
+    give way for some simulated plan to meet all of them; the smallest step first."""
+    slo = result["request"].get("slo") or {}
+    targets = [(metric, stat, bound) for metric, row in slo.items() for stat, bound in (row or {}).items()]
+    rows = []
+    for metric, stat, bound in targets:
+        others = [target for target in targets if target[:2] != (metric, stat)]
+        fits = [
+            (float(value), entry)
+            for entry in result["plans"]
+            if (value := (entry["metrics"].get(metric) or {}).get(stat)) is not None
+            and all(((entry["metrics"].get(m) or {}).get(s) or 0.0) <= b for m, s, b in others)
+        ]
+        if not fits:
+            continue
+        value, entry = min(fits, key=lambda pair: pair[0])
+        if value > bound:
+            rows.append(
+                {
+                    "name": f"{LATENCIES.get(metric, metric)}, {stat}",
+                    "bound": quantity(bound, "s"),
+                    "value": quantity(value, "s"),
+                    "factor": value / bound,
+                    "times": f"{number(value / bound)}\u00a0×",
+                    "id": entry["id"],
+                    "label": plan_label(entry["plan"]),
+                }
+            )
+    return sorted(rows, key=lambda row: row["factor"])

@@ -35,7 +35,7 @@ from web.pages import render
 from web.plan_page import plan_page_view
 from web.run_view import result_page_view
 from web.timeline import timeline
-from web.view import AXES, plan_label, request_yaml
+from web.view import AXES, commands, plan_label, request_yaml
 
 router = APIRouter(include_in_schema=False)
 _PAGE = 25
@@ -331,7 +331,7 @@ def _choice(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
 
 
 #: Results as pages show them: made once, looked at often.
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _view_cache(key: tuple[str, str]) -> dict[str, Any]:
     return {"id": key[0]}
 
@@ -353,10 +353,10 @@ async def result_view_of(request: Request, run_id: str, sha256: str) -> dict[str
     result = await result_of(request, run_id)
     cell = _view_cache((run_id, sha256))
     if "view" not in cell:
-        base = str(request.base_url).rstrip("/")
-        cell["view"] = await asyncio.to_thread(result_page_view, result, run_id, base)
-    kept: dict[str, Any] = cell["view"]
-    return kept
+        cell["view"] = await asyncio.to_thread(result_page_view, result)
+    # The address differs by who asks, and is no part of what is kept.
+    base = str(request.base_url).rstrip("/")
+    return {**cell["view"], "commands": commands(result["request"], base)}
 
 
 @router.get("/runs/{run_id}/live")

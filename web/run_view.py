@@ -13,7 +13,6 @@ from web.format import MISSING, count, quantity
 from web.view import (
     AXES,
     batching_of,
-    commands,
     kind_of,
     misses_words,
     objective_cells,
@@ -41,8 +40,8 @@ _KIND_WORDS = {
 _MOST_STEPS = 12
 
 
-def result_page_view(result: Mapping[str, Any], run_id: str, base: str) -> dict[str, Any]:
-    """Everything on the page; the interactive chart asks for its points itself."""
+def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything on the page that is the same for everybody; the chart asks for its points itself."""
     request = result["request"]
     slo = request.get("slo") or {}
     names = [name for name in request.get("objectives", ()) if name in OBJECTIVES] or ["latency", "energy"]
@@ -100,7 +99,8 @@ def result_page_view(result: Mapping[str, Any], run_id: str, base: str) -> dict[
         "front_count": len(result["front"]),
         "rivals": reasons.rivals(result, chosen) if chosen and feasible else [],
         "limits": reasons.limits(result, chosen) if chosen else [],
-        "steps": _steps(result),
+        "relaxations": reasons.relaxations(result) if not feasible else [],
+        "steps": _steps(result) if feasible else [],
         "rejected": rejected_of(result.get("rejected") or ()),
         "search": search_words(result["search"]),
         "space": count(result["search"]["space_size"]),
@@ -109,7 +109,6 @@ def result_page_view(result: Mapping[str, Any], run_id: str, base: str) -> dict[
         "provenance": result["provenance"],
         "sources": sources_of(result["provenance"].get("cost_models") or ()),
         "yaml": request_yaml(request),
-        "commands": commands(request, base),
         "command": command,
         "command_problem": command_problem,
         "sliders": _sliders(result),

@@ -22,7 +22,7 @@ from planner.request import parse_request
 from tests.api.serving import work
 from tests.web.conftest import FORM, REQUEST
 from tests.web.test_pages import checked
-from web import assets
+from web import assets, reasons
 from web.app import create_app
 from web.chart_data import MOST_POINTS, chart_data
 from web.fields import fields_of
@@ -264,6 +264,27 @@ def test_studies_are_checked_before_they_begin(pages: TestClient) -> None:
     fleet = {"csrf": token(pages, "/fleet"), "yaml": "models: []"}
     assert "yaml-error1" in checked(pages.post("/fleet", data=fleet).text)
     assert pages.get("/sweep/0123").status_code == 404
+
+
+def test_what_would_have_to_give_is_told(missed: dict[str, Any]) -> None:
+    rows = reasons.relaxations(missed)
+    assert [row["name"] for row in rows] == ["Time per output token, mean"]
+    assert rows[0]["factor"] > 1
+    least = min(entry["metrics"]["tpot_s"]["mean"] for entry in missed["plans"])
+    assert rows[0]["factor"] == pytest.approx(least / 1e-5)
+
+
+def test_steps_of_cost_only_go_down(result: dict[str, Any]) -> None:
+    steps = reasons.sensitivity(result)
+    assert steps
+    assert [s["cost"] for s in steps] == sorted((s["cost"] for s in steps), reverse=True)
+    assert [s["target_s"] for s in steps] == sorted(s["target_s"] for s in steps)
+
+
+def test_a_plan_over_time_is_simulated_again(pages: TestClient, run: str) -> None:
+    plan = pages.get(f"{run}/points").json()["ids"][0]
+    assert checked(pages.get(f"{run}/plans/{plan}/timeline").text).count('class="chart area"') == 3
+    assert pages.get(f"{run}/plans/nothing/timeline").status_code == 404
 
 
 # --- keys ------------------------------------------------------------------------------------------
