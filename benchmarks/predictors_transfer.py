@@ -103,7 +103,7 @@ def read(tables: Path, system: str, engine: str, table: Any, dtypes: tuple[str, 
     for dtype, (version, rows, dropped) in data._newest(tables / system, system, engine, table).items():
         if dtype in dtypes:
             part, raw, group = table.make(rows)
-            kept = data._clean(
+            kept = data.clean(
                 device, table.family, dtype, raw, part["seconds"].to_numpy(), group, dropped, 400
             )
             if kept:
@@ -145,7 +145,7 @@ def older(
         if len(frame) < 2000:
             continue
         part, raw, group = table.make(frame)
-        kept = data._clean(device, table.family, new.dtype, raw, part["seconds"].to_numpy(), group, {}, 400)
+        kept = data.clean(device, table.family, new.dtype, raw, part["seconds"].to_numpy(), group, {}, 400)
         if kept:
             return Problem(new.device_name, engine, table.family, new.dtype, path.parent.name, *kept)
     return None

@@ -62,6 +62,7 @@ _SHORT_CHUNK = 64.0
 _TWIN = 0.12
 _OTHER_ENGINE = 0.25
 _ENGINES = ("sglang", "trtllm", "vllm")
+_LIBRARY = "cublas"
 
 _Around = Callable[[FloatArray], tuple[FloatArray, FloatArray, FloatArray]]
 
@@ -185,6 +186,11 @@ class LearnedModel:
                 other = find(f"{device.name}/{engine}/{ending}", device)
                 if other is not None:
                     return other, "transferred", _OTHER_ENGINE
+        for name in filter(None, (device.name, device.kernels_like)):
+            # The library that engines call for dense layers, measured by itself.
+            library = find(f"{name}/{_LIBRARY}/{ending}", device, twin=name != device.name)
+            if library is not None:
+                return library, "transferred", _TWIN
         return None, "", 0.0
 
     def _collective(self, op: Collective, device: Device) -> Prediction:

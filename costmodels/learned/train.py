@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from costmodels.learned.apex import apex_collectives, apex_problems
 from costmodels.learned.curves import describe
 from costmodels.learned.data import Problem, collective_tables, find_tables, power_problems, problems
 from costmodels.learned.net import Net, fit_net
@@ -100,6 +101,8 @@ _FEW_GROUPS, _FEW_FOLDS, _FOLDS = 60, 5, 3
 #: Errors fall with the share of the groups that are fitted on about as share^-0.35 (measured on GEMM and
 #: attention of six devices): folds err by so much more than what ships.
 _LEARNING = 0.35
+#: Tables -> (their name in cards, their licence).
+_SOURCES = {"aiconfigurator-core": ("aiconfigurator-core", "Apache-2.0"), "apex": ("APEX tables", "MIT")}
 _CUTS = ("intermediate", "local_experts", "heads", "kv_heads", "n", "k")
 
 
@@ -364,11 +367,22 @@ def _closed_watts(problem: Problem) -> FloatArray:
     return np.asarray(device.idle_w + (device.tdp_w - device.idle_w) * np.minimum(1.0, demand))
 
 
-def train_collectives(tables: Path, out_dir: Path, progress: Callable[[str], None] | None = None) -> int:
+def train_collectives(
+    tables: Path | None,
+    out_dir: Path,
+    progress: Callable[[str], None] | None = None,
+    apex_dir: Path | None = None,
+) -> int:
     """Fit every measured collective's curve into `collectives.json`; how many there are."""
     catalog = load_catalog()
     curves: dict[str, Any] = {}
-    for key, name, size, seconds, label in collective_tables(tables):
+    measured = itertools.chain(
+        collective_tables(tables) if tables is not None else (),
+        apex_collectives(apex_dir) if apex_dir is not None else (),
+    )
+    for key, name, size, seconds, label in measured:
+        if key in curves:
+            continue  # measured twice: the tables that come first are finer
         link = collective_link(catalog, name)
         if link:
             curves[key] = {**describe(size, seconds), "data": label, "link_bytes_per_s": link}
@@ -433,9 +447,9 @@ def _card(problem: Problem, batch: Batch, form: str, seed: int) -> dict[str, Any
         "family": problem.family,
         "dtype": problem.dtype,
         "engine_version": problem.version,
-        "data": f"{'own measurements' if problem.own else 'aiconfigurator-core'}, "
-        f"{problem.engine} {problem.version}",
-        "data_license": "the user's" if problem.own else "Apache-2.0",
+        "data": f"{'own measurements' if problem.own else _SOURCES[problem.source][0]}, "
+        f"{problem.engine} {problem.version}".rstrip(),
+        "data_license": "the user's" if problem.own else _SOURCES[problem.source][1],
         "data_hash": content_hash(np.ascontiguousarray(problem.raw).tobytes() + problem.seconds.tobytes()),
         "features": FEATURES_VERSION,
         "rows": len(problem.seconds),
@@ -460,15 +474,22 @@ def train(
     seed: int = 0,
     workers: int = 1,
     power_dir: Path | None = None,
+    apex_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Card]:
     """Fit every predictor that the tables hold and write it to `out_dir`, with an index of cards.
 
     `only`: parts of keys (`h100-sxm-80gb/vllm`, `gemm/fp8`); a key that holds none of them is skipped and
-    keeps the artifact it has. `power_dir`: tables of sustained runs
-    with power. Equal data and seed make equal files. Raises InputError without tables.
+    keeps the artifact it has. `power_dir`: tables of sustained runs with power. `apex_dir`: tables in APEX's
+    format; with them alone, neither `data_dir` nor the package is needed. Equal data and seed make equal
+    files. Raises InputError without tables.
     """
-    tables = find_tables(data_dir)
+    try:
+        tables: Path | None = find_tables(data_dir)
+    except InputError:
+        if data_dir is not None or apex_dir is None:
+            raise
+        tables = None
     out_dir.mkdir(parents=True, exist_ok=True)
     index_path = out_dir / "index.json"
     index: dict[str, Any] = json.loads(index_path.read_text("utf-8")) if only and index_path.exists() else {}
@@ -506,11 +527,15 @@ def train(
     powered = power_problems(find_tables(power_dir)) if power_dir is not None else iter(())
     wanted = (
         p
-        for p in itertools.chain(problems(tables), powered)
+        for p in itertools.chain(
+            problems(tables) if tables is not None else (),
+            apex_problems(apex_dir) if apex_dir is not None else (),
+            powered,
+        )
         if not only or any(part in p.key for part in only)
     )
     if not only or "collectives" in only:
-        train_collectives(tables, out_dir, progress)
+        train_collectives(tables, out_dir, progress, apex_dir)
     if workers <= 1:
         for problem in wanted:
             keep(*train_one(problem, seed))

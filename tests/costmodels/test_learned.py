@@ -27,6 +27,7 @@ from costmodels import (
     lookup_prefill_attention,
     sizes,
 )
+from costmodels.learned.apex import apex_problems
 from costmodels.learned.curves import curve_time, describe
 from costmodels.learned.data import Problem, problems
 from costmodels.learned.net import fit_net
@@ -95,8 +96,8 @@ def test_every_card_is_whole() -> None:
     for name, row in ROWS.items():
         _, _, card = unpack(folders()[-1] / row["file"])
         assert card["key"] == name
-        assert card["data"].startswith(("aiconfigurator-core", "measured power"))
-        assert card["data_license"] == "Apache-2.0"
+        assert card["data"].startswith(("aiconfigurator-core", "measured power", "APEX tables"))
+        assert card["data_license"] == ("MIT" if "APEX" in card["data"] else "Apache-2.0")
         assert card["rows"] >= 150
         assert set(card["range"]) == set(COLUMNS[card["family"].removeprefix("power-")])
         assert all(low <= 0 <= high for low, high in card["interval"])
@@ -427,6 +428,61 @@ def test_tables_are_cleaned_and_trained(tmp_path: Path) -> None:
     assert card.key == "h100-sxm-80gb/vllm/gemm/bf16"
     assert (tmp_path / "out" / card.file).stat().st_size == card.size_bytes
     assert card.mape < card.closed_form_mape
+
+
+def _apex(folder: Path) -> None:
+    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
+    rng = np.random.default_rng(7)
+    m, k = 2.0 ** rng.integers(5, 12, 700), 2.0 ** rng.integers(5, 12, 700)
+    n = np.floor(2.0 ** rng.uniform(0, 12, 700))
+    micros = np.rint(12 + m * k * n * 2 / 60e12 * 1e6)
+    frame = pd.DataFrame({"m": m, "k": k, "n": n, "time(us)": micros})
+    frame.insert(0, "dtype", "half")
+    frame.insert(0, "gpu", "V100-PCIE-16GB")
+    frame.loc[:9, "time(us)"] = 3
+    folder.mkdir()
+    frame.to_csv(folder / "gemm.csv.gz", index=False)
+    comm = folder / "comm" / "V100-PCIE-16GB"
+    comm.mkdir(parents=True)
+    rows = [
+        {"gpu": "V100", "num_nodes": nodes, "num_gpus_per_node": 2, "dtype": "half", "size(kb)": size,
+         "time(us)": 10 + size / 10}
+        for nodes in (1, 2) for size in [0, *(2**i for i in range(12))]
+    ]  # fmt: skip
+    for name in ("sendrecv", "all_gather"):
+        pd.DataFrame(rows).to_csv(comm / f"{name}.csv", index=False)
+
+
+def test_tables_in_apex_format_are_trained_on(tmp_path: Path) -> None:
+    _apex(tmp_path / "apex")
+    (problem,) = apex_problems(tmp_path / "apex")
+    assert problem.dropped["rounded by more than 5 %"] == 10
+    assert set(np.unique(problem.raw[:, 1])) <= set(2.0 ** np.arange(5, 12))  # m is the output's width
+    (card,) = train(None, tmp_path / "out", apex_dir=tmp_path / "apex")
+    assert card.key == "v100-pcie-16gb/cublas/gemm/bf16"
+    curves = json.loads((tmp_path / "out" / "collectives.json").read_text())["curves"]
+    assert [key for key in curves if key.startswith("v100")] == ["v100-pcie-16gb/nccl/point_to_point/2"]
+    pair = curve_time(curves["v100-pcie-16gb/nccl/point_to_point/2"], np.array([1 << 20]))
+    assert pair[0] == pytest.approx(10e-6 + 1024 / 10 * 1e-6, rel=0.1)
+    (tmp_path / "apex" / "other_gemm.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="no column gpu"):
+        list(apex_problems(tmp_path / "apex"))
+    with pytest.raises(InputError, match="no CSV file"):
+        list(apex_problems(tmp_path / "nowhere"))
+
+
+def test_a_library_measured_by_itself_stands_in_for_engines() -> None:
+    for name in ("v100-pcie-16gb", "v100-sxm2-32gb"):
+        op = Gemm(np.array([1.0, 512.0]), 4096, 4096, "fp16", "fp16")
+        guess = LearnedModel("vllm").predict(op, load_catalog().device(name))
+        assert guess.kind == "transferred"
+        assert "v100-pcie-16gb/cublas" in guess.source
+
+
+def test_a_pair_of_devices_is_a_pair_in_any_node() -> None:
+    pair = CommGroup(8, 8, "nvlink4", 450e9, 1e-6, in_switch_reduction=True)
+    guess = LearnedModel("vllm").predict(Collective("point_to_point", np.array([1 << 20]), pair), H100)
+    assert "point_to_point/2" in guess.source
 
 
 def test_training_without_tables_says_what_is_missing(tmp_path: Path) -> None:
