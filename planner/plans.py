@@ -152,8 +152,8 @@ def default_formats(spec: ModelSpec, device: Device) -> tuple[str, str, str]:
     return weights, activations, kv_cache
 
 
-#: Devices of a pool from which the grid is fine: between two powers of two lie whole nodes there, and batching
-#: limits decide over more than a longer search costs.
+#: Devices of a pool from which the grid is fine: between two powers of two lie whole nodes there, and
+#: batching limits decide over more than a longer search costs.
 LARGE_POOL = 32
 #: Batching limits that are tried beside the engine's own: sequences per step, and tokens per step.
 _SEQS, _SEQS_FINE = (256, 64), (1024, 512, 256, 128, 64, 32, 16)
