@@ -109,6 +109,7 @@ def test_from_the_first_visit_to_the_copied_command(page: Any, address: str) -> 
     page.fill("#requests", "40")
     until(page, "document.getElementById('yaml').value.includes('llama-3.2-1b')")
     page.fill("#devices_per_node", "2")
+    page.wait_for_selector("#check:has-text('plans fit')")
     began = time.monotonic()
     page.click(".actions.sticky button")
     page.wait_for_url("**/runs/*")
