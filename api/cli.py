@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
 SERVICE = ("serve", "worker", "db", "keys", "runs", "rerun", "backup", "prune")
-COMMANDS = ("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog", "schema", "train", "profile")
+COMMANDS = (
+    *("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog"),
+    *("schema", "train", "profile", "validate"),
+)
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
@@ -68,7 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--html", metavar="OUT", help="write the result as one self-contained web page")
     plan.add_argument("--method", choices=METHODS, help="search method (default: the request's)")
     plan.add_argument("--budget", metavar="S", type=float, help="seconds to search (default: the request's)")
-    plan.add_argument("--workers", metavar="N", type=int, help="threads that simulate (default: all cores)")
+    plan.add_argument("--workers", metavar="N", type=int, help="workers that simulate (default: all cores)")
+    plan.add_argument(
+        "--backend",
+        choices=("auto", "threads", "processes", "dask", "ray"),
+        default="auto",
+        help="where they run: this machine's threads or processes, or a dask or ray cluster (default: auto)",
+    )
     plan.add_argument("--quiet", action="store_true", help="no progress")
 
     evaluate = commands.add_parser(
@@ -162,6 +171,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--only", metavar="KEY", action="append", default=[], help="parts of keys to fit; repeatable"
     )
+    train.add_argument("--power", metavar="DIR", help="tables of sustained runs with power readings")
+    train.add_argument("--apex", metavar="DIR", help="tables in APEX's format of GEMMs and collectives")
     train.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the fits (default: 0)")
     train.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
 
@@ -189,6 +200,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget", metavar="S", type=float, default=float("inf"), help="seconds to measure at most"
     )
     profile.add_argument("--quiet", action="store_true", help="no progress")
+
+    from api import validate
+
+    validate.add_parser(commands)
 
     schema = commands.add_parser(
         "schema",
@@ -219,8 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sweep": _sweep,
         "export": _export,
         "catalog": _catalog,
-        "train": _train,
-        "profile": _profile,
+        "train": _measure,
+        "profile": _measure,
+        "validate": _measure,
     }
     try:
         code = run.get(given.command, _service)(given)
@@ -332,9 +348,11 @@ def _plan(given: argparse.Namespace) -> int:
         plain = plan_there(given.server, data, base, quiet=given.quiet)
     else:
         from planner.pipeline import Planner
+        from planner.search import Support
 
+        support = Support(backend=given.backend)
         with ProgressLine(enabled=not given.quiet) as progress:
-            result = Planner(base_dir=base).plan(data, progress=progress, workers=workers)
+            result = Planner(base_dir=base).plan(data, progress=progress, workers=workers, support=support)
         plain = result.model_dump(mode="json")
     if given.json:
         import json
@@ -537,43 +555,11 @@ def _catalog(given: argparse.Namespace) -> int:
     return DONE
 
 
-def _profile(given: argparse.Namespace) -> int:
-    from costmodels.profile import Torch, profile
+def _measure(given: argparse.Namespace) -> int:
+    from api import cli_measure
 
-    counts = profile(
-        Path(given.out),
-        Torch(),
-        engine=given.engine,
-        device=given.device,
-        quick=given.quick,
-        budget_s=given.budget,
-        progress=_note(given),
-    )
-    print(", ".join(f"{count} rows of {family}" for family, count in counts.items()), f"in {given.out}")
-    return DONE
-
-
-def _train(given: argparse.Namespace) -> int:
-    from hardware.errors import InputError
-
-    out = Path(given.out)
-    if out.exists() and not out.is_dir():
-        raise InputError("--out", f"{given.out} is a file; name a folder")
-    workers = _workers(given.workers)
-    try:
-        import pandas  # noqa: F401
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "train", "reading measurements needs pandas and pyarrow", "pip install 'planfront[train]'"
-        ) from None
-    from costmodels.learned.train import train
-
-    data = Path(given.data) if given.data else None
-    cards = train(data, out, only=given.only, seed=given.seed, workers=workers, progress=print)
-    size_mb = sum(card.size_bytes for card in cards) / 1e6
-    print(f"{len(cards)} predictors, {size_mb:.1f} MB, written to {out}")
-    return DONE
+    found: int = getattr(cli_measure, given.command)(given)
+    return found
 
 
 def _service(given: argparse.Namespace) -> int:

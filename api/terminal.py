@@ -17,9 +17,14 @@ from rich.text import Text
 from hardware.units import format_bytes, format_rate, format_seconds
 from planner.objectives import OBJECTIVES
 from planner.search.base import Progress
+from planner.search.gap import gap_words
 
 PLOT_COLUMNS, PLOT_ROWS = 64, 14
 MAX_ROWS = 24
+
+
+def _share(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def console() -> Console:
@@ -257,6 +262,15 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
             f"{search['simulated']:,} simulated in {search['wall_s']:.1f} s; {front_words}{why}."
         )
     )
+    gap = search.get("gap") or {}
+    if gap.get("open"):
+        out.print(Text(gap_words(gap) + ".", style="dim"))
+    if result.get("changes"):
+        out.print()
+        out.print(Text("What would have to change", style="bold"))
+        for row in result["changes"]:
+            words = row.get("label") or (plan_words(row["plan"]) if row.get("plan") else "")
+            out.print(Text(f"  {row['words']}: {words}"))
     reasons: Counter[str] = Counter()
     for row in result["rejected"]:
         reasons[row["reason"]] += row.get("plans", 1)
@@ -351,8 +365,8 @@ def show_catalog(what: str, rows: Sequence[Mapping[str, Any]], out: Console | No
             ("predictor", lambda r: r["name"]),
             ("rows", lambda r: f"{r['rows']:,}"),
             ("held-out error", lambda r: f"{100 * r['mape']:.1f} %"),
-            ("closed form", lambda r: f"{100 * r['closed_form_mape']:.1f} %"),
-            ("90 % covers", lambda r: "-" if r["coverage"] is None else f"{100 * r['coverage']:.0f} %"),
+            ("closed form", lambda r: _share(r["closed_form_mape"], 1)),
+            ("90 % covers", lambda r: _share(r["coverage"], 0)),
             ("data", lambda r: r["data"]),
         ]
     elif what == "models":

@@ -37,6 +37,12 @@ DEVICES = {
 }
 
 
+def version_key(version: Any) -> tuple[int, ...] | None:
+    """(major, minor) of an engine version; None for development builds, which are named freely."""
+    found = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return (int(found.group(1)), int(found.group(2))) if found else None
+
+
 def formats(row: Any) -> dict[str, str]:
     """Weights and activations of a run, from its checkpoint's precision."""
     precision = row.precision if isinstance(row.precision, str) else "bf16"
@@ -124,7 +130,9 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return request, plan
 
 
-def predict(planner: Planner, row: Any, host: dict[str, float] | None = None) -> dict[str, Any]:
+def predict(
+    planner: Planner, row: Any, host: dict[str, float] | None = None, intervals: bool = False
+) -> dict[str, Any]:
     """Prediction of one run, or why there is none; `host` replaces terms of the engine's profile."""
     try:
         request, plan = question(row)
@@ -137,11 +145,15 @@ def predict(planner: Planner, row: Any, host: dict[str, float] | None = None) ->
         reason = problem.reason if problem else evaluator.reject(point)
         if reason:
             return {"problem": reason}
-        result, _ = evaluator.run(point)
+        found = evaluator.evaluate(point, interval=intervals)
     except InputError as error:
         return {"problem": str(error)}
-    metrics = result.metrics()
-    return {
+    metrics = found.metrics
+    spread = {}
+    for name in ("ttft", "tpot") if intervals else ():
+        low, high = found.interval[f"{name}_s"].get("mean", (float("nan"), float("nan")))
+        spread |= {f"{name}_low_ms": low * 1e3, f"{name}_high_ms": high * 1e3}
+    return spread | {
         "ttft_ms": metrics["ttft_s"]["mean"] * 1e3,
         "tpot_ms": (metrics["tpot_s"]["mean"] or float("nan")) * 1e3,
     }
@@ -154,9 +166,12 @@ def with_host(engine: EngineProfile, host: dict[str, float]) -> EngineProfile:
     return replace(engine, host=replace(engine.host, **step), **own)
 
 
-def compare(runs: pd.DataFrame, planner: Planner, host: dict[str, float] | None = None) -> pd.DataFrame:
+def compare(
+    runs: pd.DataFrame, planner: Planner, host: dict[str, float] | None = None, intervals: bool = False
+) -> pd.DataFrame:
     """The runs with predictions and relative errors beside them."""
-    found = pd.DataFrame([predict(planner, row, host) for row in runs.itertuples()], index=runs.index)
+    rows = [predict(planner, row, host, intervals) for row in runs.itertuples()]
+    found = pd.DataFrame(rows, index=runs.index)
     table = pd.concat([runs, found], axis=1)
     for name in ("ttft", "tpot"):
         if f"{name}_ms" in table:
@@ -230,6 +245,24 @@ def report(table: pd.DataFrame, by: list[str]) -> str:
     return "\n".join(lines)
 
 
+def coverage(table: pd.DataFrame) -> str:
+    """Share of runs inside their 90 % interval, and its median width, by engine; and the spread of whole runs
+    (5th and 95th percentile of measured / predicted) that an engine's profile states."""
+    lines = []
+    for engine, part in [*table.groupby("backend"), ("all", table)]:
+        text = f"{engine:<8}"
+        for name in ("tpot", "ttft"):
+            known = part[part[f"{name}_error"].notna()]
+            true = known[f"{name}_mean_ms"]
+            inside = (true >= known[f"{name}_low_ms"]) & (true <= known[f"{name}_high_ms"])
+            wide = (known[f"{name}_high_ms"] / known[f"{name}_low_ms"]).median()
+            low, high = (true / known[f"{name}_ms"]).quantile([0.05, 0.95])
+            text += f"  {name.upper()} {100 * inside.mean():.0f} % inside, high/low {wide:.2f}"
+            text += f", measured/predicted {low:.2f} to {high:.2f}"
+        lines.append(text)
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(
@@ -237,9 +270,11 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path)
     parser.add_argument("--use", choices=("calibrate", "judge"), default="judge")
+    parser.add_argument("--since", default="", help="only runs of this engine version or newer (or unnamed)")
     parser.add_argument("--sample", type=int, default=0, help="at most this many rows per group")
     parser.add_argument("--backend", default="", help="only this engine")
     parser.add_argument("--fit", action="store_true", help="fit host terms of --backend on these rows")
+    parser.add_argument("--intervals", action="store_true", help="how often 90 %% intervals hold")
     parser.add_argument("--out", type=Path, help="write the rows with predictions as CSV")
     given = parser.parse_args()
     runs = pd.read_csv(given.runs)
@@ -251,6 +286,9 @@ def main() -> None:
     ]
     if given.backend:
         runs = runs[runs.backend == given.backend]
+    if given.since:
+        least = version_key(given.since)
+        runs = runs[[version_key(v) is None or version_key(v) >= least for v in runs.backend_version]]
     if given.sample:
         order = runs.sample(frac=1.0, random_state=0)
         runs = order[order.groupby(["model_path", "system", "backend"]).cumcount() < given.sample]
@@ -258,7 +296,9 @@ def main() -> None:
         for engine in [given.backend] if given.backend else ("vllm", "sglang", "trtllm"):
             fit(runs[runs.use == "calibrate"], engine)
         return
-    table = compare(runs, Planner())
+    table = compare(runs, Planner(), intervals=given.intervals)
+    if given.intervals:
+        print(coverage(table))
     print(report(table, ["model_path", "system", "backend"]))
     if "problem" in table:
         reasons = table.problem.dropna().value_counts().head(12)

@@ -1,30 +1,41 @@
 """Quality against effort of every searcher, on spaces small enough to enumerate.
 
     python benchmarks/search.py [--seeds 20] [--share 0.1] [--nsga2]
+    python benchmarks/search.py --large [--evaluations 300] [--seeds 5] [--nsga2]
+    python benchmarks/search.py --time [--budget 30] [--against "aiconfigurator cli default ..."]
 
 Each space is simulated whole once; every searcher then works on remembered results, so that only its
 choices count. `ratio` is the hypervolume of what it found over that of the true front, objectives scaled to
 the spread of the whole space, up to a tenth beyond its worst values. Random search draws plans that pass the
 gates without repetition. NSGA-II (pymoo, not a dependency) evolves the indices of decisions; an
 evaluation of a plan that it has seen, or that cannot run, costs it nothing.
+
+`--large` compares them at equal evaluations on spaces above 100,000 plans, where nobody knows the true
+front: ratios are to the front of everything that any of them found. `--time` runs every searcher on whole
+questions with a clock: plans simulated, certified or the gap, hypervolume over the best found; `--against`
+times another planner's command on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from hardware import InputError
 from planner.evaluate import Evaluation, table_sizes
 from planner.objectives import objective_vector, slo_misses
 from planner.pareto import hypervolume, non_dominated
 from planner.pipeline import Planner
 from planner.plans import PlanPoint, PlanSpace
 from planner.search import ExhaustiveSearch, MctsSearch
+from planner.search.gap import gap_words
 
 MODELS = (
     ("llama-3.1-8b", "vllm"),
@@ -76,6 +87,121 @@ def questions(requests: int) -> Iterator[tuple[str, Any, PlanSpace, tuple[str, .
                 yield f"{model} {device} {'+'.join(objectives)}", evaluator, space, objectives
 
 
+def large(requests: int) -> Iterator[tuple[str, Any, PlanSpace, tuple[str, ...]]]:
+    """Spaces above 100,000 plans."""
+    wide = {
+        "max_num_seqs": [16, 32, 64, 128, 256, 512, 1024],
+        "max_num_batched_tokens": [1024, 2048, 4096, 8192, 16384],
+        "prefix_caching": [True, False],
+        "cuda_graphs": [True, False],
+    }
+    for model, device, nodes, objectives in (
+        ("deepseek-v3", "h200-sxm-141gb", 8, ("latency", "throughput", "energy")),
+        ("qwen3-235b-a22b", "h100-sxm-80gb", 8, ("ttft", "throughput", "cost")),
+    ):
+        asked = Planner().load(
+            {
+                "model": model,
+                "engine": {"name": "sglang"},
+                "cluster": {"pools": [{"device": device, "nodes": nodes, "devices_per_node": 8}]},
+                "workload": {
+                    "synthetic": {
+                        "preset": "chat",
+                        "requests": requests,
+                        "arrivals": {"process": "poisson", "rate_rps": 40.0},
+                    }
+                },
+                "objectives": list(objectives),
+                "space": {**wide, "memory_fraction": [0.85, 0.9]},
+            }
+        )
+        space = PlanSpace(asked.spec, asked.cluster, asked.engine, asked.request.space)
+        tokens, seqs = table_sizes(space)
+        evaluator = Remembered(asked.evaluator(table_tokens=tokens, table_seqs=seqs))
+        yield f"{model} {nodes * 8} {device} {'+'.join(objectives)}", evaluator, space, objectives
+
+
+def compare_large(
+    methods: dict[str, Callable[..., np.ndarray]], evaluations: int, seeds: int, requests: int
+) -> None:
+    """Equal evaluations on large spaces."""
+    for name, evaluator, space, objectives in large(requests):
+        found = {
+            method: [search(evaluator, space, objectives, evaluations, seed) for seed in range(seeds)]
+            for method, search in methods.items()
+        }
+        everything = np.vstack([values for runs in found.values() for values in runs])
+        line = f"{name:<60}{len(space):>9,} plans, {evaluations} evaluations: "
+        for method, runs in found.items():
+            ratios = [quality(values, everything) for values in runs]
+            line += f"{method} {np.median(ratios):.4f} ({min(ratios):.3f}..{max(ratios):.3f})  "
+        print(line, flush=True)
+
+
+def compare_time(budget_s: float, against: str) -> None:
+    """Every searcher on whole questions."""
+    asked: dict[str, dict[str, Any]] = {
+        "llama-3.1-70b on 8 H100": {
+            "model": "llama-3.1-70b",
+            "cluster": {"pools": [{"device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 8}]},
+            "workload": {"synthetic": {"preset": "chat", "requests": 1000}},
+            "space": {
+                "weights": ["bf16", "fp8", "int4"],
+                "max_num_seqs": [32, 64, 128, 256, 512, 1024],
+                "max_num_batched_tokens": [1024, 2048, 4096, 8192, 16384],
+                "prefix_caching": [True, False],
+            },
+        },
+        "deepseek-v3 on 64 H200": {
+            "model": "deepseek-v3",
+            "engine": {"name": "sglang"},
+            "cluster": {"pools": [{"device": "h200-sxm-141gb", "nodes": 8, "devices_per_node": 8}]},
+            "workload": {
+                "synthetic": {
+                    "preset": "chat",
+                    "requests": 1000,
+                    "arrivals": {"process": "poisson", "rate_rps": 40.0},
+                }
+            },
+            "objectives": ["latency", "throughput", "energy"],
+            "space": {
+                "max_num_seqs": [32, 64, 128, 256, 512, 1024],
+                "max_num_batched_tokens": [1024, 2048, 4096, 8192, 16384],
+                "prefix_caching": [True, False],
+                "cuda_graphs": [True, False],
+            },
+        },
+    }
+    Planner().plan(
+        {**asked["llama-3.1-70b on 8 H100"], "space": {}, "search": {"budget_s": 5}}
+    )  # compile once
+    for name, request in asked.items():
+        rows = []
+        for method in ("exhaustive", "cp-sat", "mcts"):
+            try:
+                result = Planner().plan(
+                    {**request, "search": {"method": method, "budget_s": budget_s}}, changes=False
+                )
+            except InputError as error:
+                print(f"{name:<26}{method:<12}{error.message}", flush=True)
+                continue
+            names = request.get("objectives", ["latency", "energy", "memory"])
+            values = np.array([objective_vector(names, result.plan(i).metrics) for i in result.front])
+            rows.append((method, result.search, values))
+        everything = np.vstack([values for *_, values in rows])
+        for method, search, values in rows:
+            state = "certified" if search.certified else gap_words(search.gap or {})
+            print(
+                f"{name:<26}{method:<12}{search.space_size:>8,} plans {search.simulated:>7,} simulated "
+                f"{search.wall_s:>6.1f} s  {quality(values, everything):.4f}  {state}",
+                flush=True,
+            )
+    if against:
+        start = time.monotonic()
+        done = subprocess.run(shlex.split(against), capture_output=True, text=True, check=False)
+        print(f"{against}: exit {done.returncode} after {time.monotonic() - start:.1f} s")
+
+
 def quality(values: np.ndarray, everything: np.ndarray) -> float:
     """Hypervolume of a set over that of the whole space, both scaled to the space's spread."""
     low, high = everything.min(axis=0), everything.max(axis=0)
@@ -88,9 +214,14 @@ def quality(values: np.ndarray, everything: np.ndarray) -> float:
 def random_search(
     evaluator: Any, space: PlanSpace, objectives: Any, evaluations: int, seed: int
 ) -> np.ndarray:
-    points = [point for point in space if evaluator.reject(point) is None]
-    order = np.random.default_rng(seed).permutation(len(points))[:evaluations]
-    return np.array([objective_vector(objectives, evaluator.evaluate(points[i]).metrics) for i in order])
+    points = list(space)
+    found: list[np.ndarray] = []
+    for index in np.random.default_rng(seed).permutation(len(points)):
+        if len(found) == evaluations:
+            break
+        if evaluator.reject(points[index]) is None:
+            found.append(objective_vector(objectives, evaluator.evaluate(points[index]).metrics))
+    return np.array(found)
 
 
 def mcts(evaluator: Any, space: PlanSpace, objectives: Any, evaluations: int, seed: int) -> np.ndarray:
@@ -160,10 +291,21 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--spaces", type=int, default=1000, help="at most this many")
     parser.add_argument("--nsga2", action="store_true")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--evaluations", type=int, default=300)
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--budget", type=float, default=30.0)
+    parser.add_argument("--against", default="", help="another planner's command, to be timed")
     given = parser.parse_args()
     methods: dict[str, Callable[..., np.ndarray]] = {"mcts": mcts, "random": random_search}
     if given.nsga2:
         methods["nsga2"] = nsga2
+    if given.time:
+        compare_time(given.budget, given.against)
+        return
+    if given.large:
+        compare_large(methods, given.evaluations, given.seeds, given.requests)
+        return
     print(
         f"{'space':<52}{'plans':>7}{'front':>6}{'pruned':>8}  "
         + "".join(f"{n + ' median (P10)':>24}" for n in methods)

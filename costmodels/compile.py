@@ -1,16 +1,15 @@
 """Terms of a model's step compiled to `StepTables`: arrays the simulator reads in nanoseconds.
 
-GEMMs are evaluated at every size up to 64 and around every multiple of 16 above, where their tile
-staircase has its steps; between those a line is exact enough (tiles are at least 16 rows high).
-Attention is evaluated on knots about sqrt(2) apart. Curves are cached by what they depend on, so
-plans that differ in batching or in depth share them.
+Costs are evaluated at the sizes of `costmodels.sizes`, where predictors answer, with straight lines between.
+Terms are added up at these sizes only, and only for stages that differ; what the simulator looks up in its
+loop is then spread over all sizes, what it reads afterwards stays a `Sampled` curve. Curves are cached by
+what they depend on, so plans that differ in batching or in depth share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ import numpy as np
 from costmodels.base import CostModel
 from costmodels.ops import FloatArray, Operator
 from costmodels.roofline import bytes_moved, causal_pairs, flops, roofline_bound
-from costmodels.table import HostOverhead, IntArray, StepTables, Term
+from costmodels.sizes import cached_knots, context_knots, length_knots, sample_sizes, sequence_knots
+from costmodels.table import HostOverhead, IntArray, Sampled, StepTables, Term, spread
 from hardware.device import Device
 from hardware.errors import InputError
 
@@ -28,7 +28,7 @@ SIZES = ("tokens", "micro_batch", "logits", "prefill", "decode")
 
 @dataclass(slots=True, eq=False)
 class _Curve:
-    """One call's cost over sizes 0..n: seconds, interval, joules above idle, FLOPs, bytes."""
+    """One call's cost at `sample_sizes`: seconds, interval, joules above idle, FLOPs, bytes."""
 
     time_s: FloatArray
     low_s: FloatArray
@@ -49,27 +49,21 @@ class _Curve:
 
 @dataclass(slots=True, eq=False)
 class _Sum:
-    """Cost of all terms of one size class, per stage [P, n+1], and its accounting."""
+    """Cost of all terms of one size class at `sizes` [K], per kind of stage [U, K], and its accounting."""
 
+    sizes: FloatArray
     stages: FloatArray
     low: FloatArray
     high: FloatArray
-    launches: FloatArray  # [P]
+    launches: FloatArray  # [U]
     energy: FloatArray
     flops: FloatArray
     bytes_moved: FloatArray
     categories: dict[str, FloatArray] = field(default_factory=dict)  # over all stages
 
-
-@lru_cache(maxsize=64)
-def sample_sizes(largest: int) -> FloatArray:
-    """Sizes 0..largest at which curves are evaluated, ascending: all up to 64, then x - 1, x, x + 1 around
-    each multiple of 16 up to 1024, of 64 up to 8192 and of 256 above."""
-    points = set(range(0, min(64, largest) + 1)) | {largest}
-    for start, stop, step in ((64, 1024, 16), (1024, 8192, 64), (8192, max(8193, largest + 1), 256)):
-        for x in range(start, min(stop, largest) + 1, step):
-            points |= {y for y in (x - 1, x, x + 1) if y <= largest}
-    return np.array(sorted(points), dtype=np.float64)
+    def at(self, where: IntArray) -> FloatArray:
+        """[U, n] seconds of each kind of stage at any sizes."""
+        return np.stack([np.interp(where, self.sizes, row) for row in self.stages])
 
 
 _CACHE: dict[tuple[Any, ...], _Curve] = {}
@@ -104,10 +98,9 @@ def _curve(term: Term, model: CostModel, device: Device, largest: int) -> _Curve
         sizes = sample_sizes(largest)
         operator = term.operator(sizes)
         guess = model.predict(operator, device)
-        every = np.arange(largest + 1, dtype=np.float64)
 
         def dense(values: FloatArray) -> FloatArray:
-            curve = np.interp(every, sizes, np.broadcast_to(values, sizes.shape))
+            curve = np.array(np.broadcast_to(values, sizes.shape), dtype=np.float64)
             curve[0] = 0.0
             return curve
 
@@ -128,29 +121,49 @@ def _curve(term: Term, model: CostModel, device: Device, largest: int) -> _Curve
     return found
 
 
+_SURFACES: dict[tuple[Any, ...], Any] = {}
+
+
+def _surface(term: Term, model: CostModel, device: Device, first: FloatArray, second: FloatArray) -> Any:
+    """The cost model's answer for attention on a grid, kept: plans of one tensor degree share it."""
+    probe = tuple(_hashable(term.operator(a, b)) for a, b in ((1.0, 1.0), (2.0, 64.0), (64.0, 4096.0)))
+    key = (model.name, _device_key(device), probe, first.tobytes(), second.tobytes())
+    found = _SURFACES.get(key)
+    if found is None:
+        found = model.predict(term.operator(first[:, None], second[None, :]), device)
+        if len(_SURFACES) >= _CACHE_LIMIT:
+            _SURFACES.clear()
+        _SURFACES[key] = found
+    return found
+
+
 def _accumulate(
     terms: Sequence[Term],
+    kinds: IntArray,
     size: str,
     model: CostModel,
     device: Device,
-    pipeline: int,
     largest: int,
     rows: set[Any],
     overlap_s: float = 0.0,
 ) -> _Sum:
+    """The sum of all terms of a size; `kinds` are the stages that stand for all others."""
+    sizes = sample_sizes(largest)
+
     def flat() -> FloatArray:
-        return np.zeros(largest + 1)
+        return np.zeros(len(sizes))
 
     def staged() -> FloatArray:
-        return np.zeros((pipeline, largest + 1))
+        return np.zeros((len(kinds), len(sizes)))
 
-    total = _Sum(staged(), staged(), staged(), np.zeros(pipeline), flat(), flat(), flat())
-    total.categories = {name: np.zeros(largest + 1) for name in CATEGORIES}
+    total = _Sum(sizes, staged(), staged(), staged(), np.zeros(len(kinds)), flat(), flat(), flat())
+    total.categories = {name: flat() for name in CATEGORIES}
     for term in terms:
         if term.size != size:
             continue
         curve = _curve(term, model, device, largest)
-        counts = np.array(term.stage_counts, dtype=np.float64)
+        everywhere = np.array(term.stage_counts, dtype=np.float64)
+        counts = everywhere[kinds]
         # Collectives wait for every device: nothing of them hides.
         hidden = 0.0 if term.category == "communication" else curve.overlapped(overlap_s * term.launches)
         time_s = curve.time_s - hidden
@@ -158,13 +171,22 @@ def _accumulate(
         total.low += counts[:, None] * np.minimum(curve.low_s, time_s)
         total.high += counts[:, None] * (curve.high_s - hidden)
         total.launches += counts * term.launches
-        often = counts.sum()
+        often = everywhere.sum()
         total.energy += often * curve.energy_j
         total.flops += often * curve.flops
         total.bytes_moved += often * curve.bytes_moved
         total.categories[term.category] += often * time_s
         rows.add((term.category, term.name, curve.source, curve.kind))
     return total
+
+
+def _stage_kinds(terms: Sequence[Term], pipeline: int) -> tuple[IntArray, IntArray]:
+    """(stages that stand for all others, how many each stands for): stages with the same terms are alike."""
+    if not terms or pipeline == 1:
+        return np.zeros(1, dtype=np.int64), np.array([pipeline])
+    counts = np.array([term.stage_counts for term in terms])
+    _, first, often = np.unique(counts, axis=1, return_index=True, return_counts=True)
+    return first.astype(np.int64), often.astype(np.int64)
 
 
 def _check(terms: Sequence[Term], pipeline: int) -> None:
@@ -195,33 +217,12 @@ def _padding(sizes: tuple[int, ...], largest: int) -> tuple[IntArray, FloatArray
     return padded, graph.astype(np.float64)
 
 
-def _latency_cycle(stages: FloatArray) -> tuple[FloatArray, FloatArray]:
-    return stages.sum(axis=0), stages.shape[0] * stages.max(axis=0)
-
-
-def sequence_knots(largest: int) -> FloatArray:
-    """Batch sizes at which decode attention is evaluated: 0, 1, 2, 3, 4, 6, 8, 12, ... up to `largest`."""
-    points = {0, 1, largest}
-    size = 2
-    while size <= largest:
-        points |= {
-            size,
-            min(largest, size * 5 // 4),
-            min(largest, size * 3 // 2),
-            min(largest, size * 7 // 4),
-        }
-        size *= 2
-    return np.array(sorted(points), dtype=np.float64)
-
-
-def context_knots(largest: int) -> FloatArray:
-    """Context lengths at which attention is evaluated: 0, then 16 growing by 2^(1/4) in whole tiles."""
-    points = {0.0, float(largest)}
-    size = 16.0
-    while size < largest:
-        points.add(float(round(size / 16) * 16))
-        size *= 2.0**0.25
-    return np.array(sorted(p for p in points if p <= largest), dtype=np.float64)
+def _latency_cycle(stages: FloatArray, often: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Time through all stages, and of as many steps as there are stages on the slowest."""
+    if len(often) == 1:
+        both = stages[0] * often[0]
+        return both, both
+    return (stages * often[:, None]).sum(axis=0), often.sum() * stages.max(axis=0)
 
 
 def compile_tables(
@@ -260,73 +261,83 @@ def compile_tables(
     rows: set[Any] = set()
     # A device's share of a stage: each of its devices does the same, so totals scale by devices / stages.
     scale = devices_per_worker / pipeline
-    dense = _accumulate(terms, "tokens", model, device, pipeline, reach, rows, host.overlap_s)
-    logits = _accumulate(terms, "logits", model, device, pipeline, seqs, rows, host.overlap_s)
+    kinds, often = _stage_kinds(terms, pipeline)
+    dense = _accumulate(terms, kinds, "tokens", model, device, reach, rows, host.overlap_s)
+    logits = _accumulate(terms, kinds, "logits", model, device, seqs, rows, host.overlap_s)
     moe_reach = attention_data * reach
-    moe = _accumulate(terms, "micro_batch", model, device, pipeline, moe_reach, rows, host.overlap_s)
-    attention_launches = np.zeros(pipeline)
+    moe = _accumulate(terms, kinds, "micro_batch", model, device, moe_reach, rows, host.overlap_s)
+    attention_launches = np.zeros(len(kinds))
     for term in terms:
         if term.size in ("prefill", "decode"):
-            attention_launches += np.array(term.stage_counts) * term.launches / 2.0
+            attention_launches += np.array(term.stage_counts)[kinds] * term.launches / 2.0
 
     # --- steps with prefill
     m = np.arange(max_slot_tokens + 1)
     floor = dense.launches + moe.launches + attention_launches
-    mixed_stages = dense.stages[:, : max_slot_tokens + 1]
+    mixed_stages = dense.at(m)
     eager = m > host.mixed_graph_max_tokens
     moe_at = np.minimum(attention_data * m, moe_reach)
-    waiting = np.maximum(0.0, floor[:, None] * host.launch_s - mixed_stages - moe.stages[:, moe_at]) * eager
+    waiting = np.maximum(0.0, floor[:, None] * host.launch_s - mixed_stages - moe.at(moe_at)) * eager
     waiting[:, 0] = 0.0
     host_mixed = np.where(m > 0, host.mixed_step_s + m * host.mixed_per_token_s, 0.0)
-    mixed_latency, mixed_cycle = _latency_cycle(mixed_stages + waiting)
+    mixed_latency, mixed_cycle = _latency_cycle(mixed_stages + waiting, often)
     mixed_latency, mixed_cycle = mixed_latency + host_mixed, mixed_cycle + host_mixed
 
     # --- decode-only steps
     n = np.arange(seqs + 1)
     padded, graph = _padding(host.graph_sizes, seqs)
     padded = np.minimum(padded, reach)
-    head = logits.stages[:, n]
-    decode_stages = dense.stages[:, padded] + head
+    head = logits.at(n)
+    decode_stages = dense.at(padded) + head
     moe_padded = np.minimum(attention_data * padded, moe_reach)
-    stalled = (floor + logits.launches)[:, None] * host.launch_s - decode_stages - moe.stages[:, moe_padded]
+    stalled = (floor + logits.launches)[:, None] * host.launch_s - decode_stages - moe.at(moe_padded)
     stalled = np.maximum(0.0, stalled) * (1.0 - graph)
     stalled[:, 0] = 0.0
     host_decode = np.where(n > 0, host.decode_step_s + n * host.decode_per_sequence_s, 0.0)
-    decode_latency, decode_cycle = _latency_cycle(decode_stages + stalled)
+    decode_latency, decode_cycle = _latency_cycle(decode_stages + stalled, often)
     decode_latency, decode_cycle = decode_latency + host_decode, decode_cycle + host_decode
 
     # --- routed experts, by tokens of a micro-batch over all ranks; padding as in the dense part
-    mixed_moe = moe.stages[:, : attention_data * max_slot_tokens + 1]
     batch = np.arange(attention_data * seqs + 1)
     rank_rows = -(-batch // attention_data)
     moe_decode_at = np.where(graph[rank_rows] > 0, attention_data * padded[rank_rows], batch)
     moe_decode_at = np.minimum(moe_decode_at, moe_reach)
-    moe_mixed_latency, moe_mixed_cycle = _latency_cycle(mixed_moe)
-    moe_decode_latency, moe_decode_cycle = _latency_cycle(moe.stages[:, moe_decode_at])
+    most = attention_data * max_slot_tokens
+    moe_latency, moe_cycle = _latency_cycle(moe.stages, often)
+    moe_mixed_latency = spread(moe.sizes, moe_latency, most)
+    moe_decode_latency = np.interp(moe_decode_at, moe.sizes, moe_latency)
+    moe_mixed_cycle, moe_decode_cycle = moe_mixed_latency, moe_decode_latency
+    if moe_cycle is not moe_latency:
+        moe_mixed_cycle = spread(moe.sizes, moe_cycle, most)
+        moe_decode_cycle = np.interp(moe_decode_at, moe.sizes, moe_cycle)
 
-    at = {
-        "mixed": (dense, m),
+    def account(part: _Sum, values: FloatArray, where: IntArray | int) -> Sampled:
+        index = where if isinstance(where, np.ndarray) else None
+        length = len(where) if isinstance(where, np.ndarray) else where + 1
+        return Sampled(part.sizes, values, length, index)
+
+    at: dict[str, tuple[_Sum, IntArray | int]] = {
+        "mixed": (dense, max_slot_tokens),
         "decode": (dense, padded),
-        "moe_mixed": (moe, np.arange(attention_data * max_slot_tokens + 1)),
+        "moe_mixed": (moe, most),
         "moe_decode": (moe, moe_decode_at),
-        "logits": (logits, n),
+        "logits": (logits, seqs),
     }
 
-    def account(field_name: str) -> dict[str, FloatArray]:
-        found = {name: getattr(part, field_name)[index] * scale for name, (part, index) in at.items()}
-        found["decode"] = found["decode"] + getattr(logits, field_name)[n] * scale
+    def accounts(of: Callable[[_Sum], FloatArray], factor: float) -> dict[str, FloatArray]:
+        found: dict[str, Any] = {}
+        for name, (part, where) in at.items():
+            values = of(part) * factor
+            # Routed experts over many ranks have a million sizes: no curve that is zero everywhere.
+            if name in ("mixed", "decode") or values.any():
+                found[name] = account(part, values, where)
+        found["decode"] = np.asarray(found["decode"]) + np.asarray(account(logits, of(logits) * factor, seqs))
         return found
 
-    breakdown: dict[str, dict[str, FloatArray]] = {}
-    for category in CATEGORIES:
-        # Tables of routed experts over many ranks have a million entries: none that are all zero.
-        per = {
-            name: part.categories[category][index] / pipeline
-            for name, (part, index) in at.items()
-            if name in ("mixed", "decode") or part.categories[category].any()
-        }
-        per["decode"] = per["decode"] + logits.categories[category][n] / pipeline
-        breakdown[category] = per
+    breakdown: dict[str, dict[str, FloatArray]] = {
+        category: accounts(lambda part, name=category: part.categories[name], 1.0 / pipeline)  # type: ignore[misc]
+        for category in CATEGORIES
+    }
     breakdown["host"] = {
         "mixed": (host_mixed + waiting.max(axis=0)) / pipeline,
         "decode": (host_decode + stalled.max(axis=0)) / pipeline,
@@ -334,7 +345,7 @@ def compile_tables(
     attention = _attention(
         terms, device, model, max_slot_tokens, seqs, max_context_tokens, cap_tokens, rows, scale
     )
-    interval = _interval([dense, logits, moe], attention)
+    interval = _interval([(dense, reach), (logits, seqs), (moe, moe_reach)], often, attention)
     provenance = tuple(
         {"operator": category, "name": name, "device": device.name, "source": source, "kind": kind}
         for category, name, source, kind in sorted(rows)
@@ -350,7 +361,7 @@ def compile_tables(
         moe_mixed_cycle_s=moe_mixed_cycle,
         moe_decode_latency_s=moe_decode_latency,
         moe_decode_cycle_s=moe_decode_cycle,
-        logits_s=_latency_cycle(logits.stages)[0],
+        logits_s=_latency_cycle(head, often)[0],
         attention_cycle_factor=attention.cycle_factor,
         cap_tokens=cap_tokens,
         decode_seq_knots=attention.seq_knots,
@@ -362,11 +373,11 @@ def compile_tables(
         prefill_full_s_per_pair=attention.prefill[0],
         prefill_capped_s_per_pair=attention.prefill[1],
         breakdown_s=breakdown,
-        energy_j=account("energy"),
+        energy_j=accounts(lambda part: part.energy, scale),
         decode_attention_w=attention.decode_w * devices_per_worker / pipeline,
         prefill_attention_w=attention.prefill_w * devices_per_worker / pipeline,
-        flops=account("flops"),
-        bytes_moved=account("bytes_moved"),
+        flops=accounts(lambda part: part.flops, scale),
+        bytes_moved=accounts(lambda part: part.bytes_moved, scale),
         flops_per_pair=attention.flops_per_pair[0] * scale / attention_data,
         flops_per_capped_pair=attention.flops_per_pair[1] * scale / attention_data,
         bytes_per_context_token=attention.bytes_per_token[0] * scale / attention_data,
@@ -406,13 +417,9 @@ def _attention(
     scale: float,
 ) -> _Attention:
     seq_knots, ctx_knots = sequence_knots(seqs), context_knots(context)
-    steps = int(np.ceil(4 * np.log2(max(2, tokens))))
-    len_knots = np.unique(np.minimum(np.round(2.0 ** (np.arange(steps + 1) / 4)), tokens)).astype(np.float64)
-    depth = int(np.ceil(2 * np.log2(context + 1)))
-    reached = np.round(np.minimum(2.0 ** (np.arange(depth + 1) / 2), context + 1.0))
-    cached_knots = (np.unique(reached) - 1.0).astype(np.float64)
+    len_knots, cached = length_knots(tokens), cached_knots(context)
     decode = (np.zeros((len(seq_knots), len(ctx_knots))), np.zeros((len(seq_knots), len(ctx_knots))))
-    prefill = (np.zeros((len(len_knots), len(cached_knots))), np.zeros((len(len_knots), len(cached_knots))))
+    prefill = (np.zeros((len(len_knots), len(cached))), np.zeros((len(len_knots), len(cached))))
     work, stored = [0.0, 0.0], [0.0, 0.0]
     stage = np.zeros(len(terms[0].stage_counts) if terms else 1)
     low = high = weight = 0.0
@@ -422,9 +429,8 @@ def _attention(
             continue
         often = float(sum(term.stage_counts))
         kind = 1 if term.capped and cap > 0 else 0
-        first, second = (seq_knots, ctx_knots) if term.size == "decode" else (len_knots, cached_knots)
-        operator = term.operator(first[:, None], second[None, :])
-        guess = model.predict(operator, device)
+        first, second = (seq_knots, ctx_knots) if term.size == "decode" else (len_knots, cached)
+        guess = _surface(term, model, device, first, second)
         time = np.broadcast_to(guess.time_s, (len(first), len(second))) * often
         rows.add((term.category, term.name, guess.source, guess.kind))
         middle = time[len(first) // 2, len(second) // 2]
@@ -456,7 +462,7 @@ def _attention(
         seq_knots,
         ctx_knots,
         len_knots,
-        cached_knots,
+        cached,
         decode,
         prefill,
         float(len(stage) * shares.max()),
@@ -470,16 +476,22 @@ def _attention(
     )
 
 
-def _interval(parts: Sequence[_Sum], attention: _Attention) -> tuple[float, float]:
+def _interval(
+    parts: Sequence[tuple[_Sum, int]], often: IntArray, attention: _Attention
+) -> tuple[float, float]:
     """(low, high) factors of a whole step. Operators' errors are taken as fully correlated, which is
     the cautious end: a sum of independent ones would be narrower."""
     low, high, weight = attention.low, attention.high, attention.weight
-    for part in parts:
-        middle = part.stages.shape[1] // 2
-        seconds = float(part.stages[:, middle].sum())
-        low += float(part.low[:, middle].sum())
-        high += float(part.high[:, middle].sum())
-        weight += seconds
+    for part, largest in parts:
+        middle = (largest + 1) // 2
+
+        def typical(rows: FloatArray, part: _Sum = part, middle: int = middle) -> float:
+            seconds = [np.interp(middle, part.sizes, row) for row in rows]
+            return float((np.array(seconds) * often).sum())
+
+        low += typical(part.low)
+        high += typical(part.high)
+        weight += typical(part.stages)
     if weight <= 0:
         return 1.0, 1.0
     return float(min(1.0, low / weight)), float(max(1.0, high / weight))

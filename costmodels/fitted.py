@@ -50,7 +50,7 @@ class Choice:
 #: first, then the same memory technology and kernel library. Nothing of these is measured here.
 _RELATIVES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "hopper": ("hopper",),
+        "hopper": ("hopper", "blackwell"),
         "ampere": ("ampere", "ada"),
         "ada": ("ada", "ampere"),
         "blackwell": ("blackwell", "hopper"),

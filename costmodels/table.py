@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,70 @@ import numpy.typing as npt
 from costmodels.ops import FloatArray, Operator
 
 IntArray = npt.NDArray[np.int64]
+
+
+class Sampled:
+    """A curve known at a few sizes and linear between them, read like an array.
+
+    For what is read at a few hundred places after a simulation: routed experts over many ranks would
+    need arrays of a million entries. `index` says at which size each place of the array is read (None:
+    at its own). Values before and after the known sizes are the first and the last.
+    """
+
+    __slots__ = ("_at", "index", "length", "values")
+
+    def __init__(
+        self, at: FloatArray, values: FloatArray, length: int, index: IntArray | None = None
+    ) -> None:
+        self._at, self.values, self.length, self.index = at, values, length, index
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, where: Any) -> Any:
+        if isinstance(where, slice):
+            where = np.arange(*where.indices(self.length))
+        where = np.asarray(where)
+        where = np.where(where < 0, where + self.length, where)
+        found = np.interp(where if self.index is None else self.index[where], self._at, self.values)
+        return found if where.ndim else float(found)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> FloatArray:
+        if self.index is None:
+            dense = spread(self._at, self.values, self.length - 1)
+        else:
+            dense = np.interp(self.index, self._at, self.values)
+        return dense if dtype is None else dense.astype(dtype)
+
+    def __mul__(self, factor: float) -> Sampled:
+        return Sampled(self._at, self.values * factor, self.length, self.index)
+
+    __rmul__ = __mul__
+
+    def least_each(self) -> float | None:
+        """Least of self[i] / i over i from 1 on, where it can be told from the known sizes alone."""
+        inside = (self._at >= 1.0) & (self._at < self.length)
+        if self.index is not None or not inside.any():
+            return None
+        # A line over its size is monotone, so between two known sizes there is nothing smaller; the
+        # last place may lie between two.
+        ends = float(self[self.length - 1]) / (self.length - 1)
+        return min(float((self.values[inside] / self._at[inside]).min()), ends)
+
+
+def spread(at: FloatArray, values: FloatArray, largest: int) -> FloatArray:
+    """A curve known at ascending whole sizes, at every size 0..largest: `np.interp` without its search."""
+    count = int(np.searchsorted(at, largest, side="left"))
+    if count == 0 or at[0] != 0 or at[-1] < largest:
+        return np.interp(np.arange(largest + 1), at, values)
+    x, y = at[: count + 1], values[: count + 1]
+    widths = np.diff(x)
+    steps = np.repeat(np.diff(y) / widths, widths.astype(np.int64))
+    starts = np.repeat(y[:-1] - x[:-1] * np.diff(y) / widths, widths.astype(np.int64))
+    dense = np.arange(int(x[-1]), dtype=np.float64)
+    dense *= steps
+    dense += starts
+    return np.append(dense, y[-1])[: largest + 1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +137,8 @@ class StepTables:
     prefill_capped_s_per_pair: FloatArray
     # Accounting, applied after the simulation to counts of micro-batches: per array the same index
     # as the time array it belongs to ("mixed", "decode", "moe_mixed", "moe_decode", "logits"), for
-    # one micro-batch of that size on each of the A ranks, all the way through the pipeline.
+    # one micro-batch of that size on each of the A ranks, all the way through the pipeline. An array or
+    # a `Sampled` curve; a table that is zero everywhere may be missing.
     # Category time averaged over the stages' devices: gemm | attention | moe | communication | host.
     breakdown_s: Mapping[str, Mapping[str, FloatArray]] = field(default_factory=dict)
     # Dynamic energy (above idle) of all devices that the micro-batch passes.

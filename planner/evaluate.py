@@ -8,21 +8,24 @@ batching limits or replicas only share their tables.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from costmodels import CostModel, StepTables, compile_tables
 from hardware import Cluster, InputError
-from planner.bounds import WorkBounds, metric_bounds, work_bounds
+from planner.bounds import STATISTICS, WorkBounds, WorkFacts, metric_bounds, work_bounds
 from planner.engines import EngineProfile
 from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
-from planner.objectives import bound_vector
+from planner.objectives import OBJECTIVES, bound_vector
 from planner.plans import PlanPoint, PlanSpace, check_plan, half_format
+from planner.request import Site
+from planner.reuse import Runs
 from planner.simulator import SchedulerConfig, SimulationResult, simulate
 from planner.workload import Workload
 
@@ -67,6 +70,7 @@ class Evaluator:
         *,
         slo: Mapping[str, Mapping[str, float]] | None = None,
         prices: Mapping[str, float] | None = None,
+        site: Site | None = None,
         table_tokens: int = 0,
         table_seqs: int = 0,
         tables: dict[tuple[Any, ...], StepTables] | None = None,
@@ -75,9 +79,14 @@ class Evaluator:
         self.engine, self.model = engine, model
         self.slo = dict(slo or {})
         self.prices = dict(prices or {})
+        self.site = site or Site()
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
         self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
+        self._last_memory: tuple[PlanPoint, MemoryPlan] | None = None
+        self._runs = Runs(workload)
+        self._problems: dict[tuple[Any, ...], str | None] = {}
+        self._facts: dict[frozenset[str] | None, WorkFacts] = {}
         self._memory: dict[tuple[Any, ...], MemoryPlan] = {}
         self._identity = {pool.name: self._digest(pool.name) for pool in cluster.pools}
 
@@ -112,13 +121,18 @@ class Evaluator:
 
     def memory(self, point: PlanPoint) -> MemoryPlan:
         """Memory of one worker of the plan, worked out once for plans that differ in nothing it reads."""
+        last = self._last_memory
+        if last is not None and last[0] is point:
+            return last[1]
         key = (
-            point.pool, point.degrees, point.weights, point.kv_cache, point.max_num_seqs,
-            point.max_num_batched_tokens, point.cuda_graphs, point.memory_fraction,
+            point.pool, point.tensor, point.pipeline, point.expert, point.attention_data, point.weights,
+            point.kv_cache, point.max_num_seqs, point.max_num_batched_tokens, point.cuda_graphs,
+            point.memory_fraction,
         )  # fmt: skip
         found = self._memory.get(key)
         if found is None:
             found = self._memory[key] = self._plan_memory(point)
+        self._last_memory = point, found
         return found
 
     def _plan_memory(self, point: PlanPoint) -> MemoryPlan:
@@ -139,9 +153,15 @@ class Evaluator:
 
     def reject(self, point: PlanPoint) -> str | None:
         """Why the plan cannot serve this workload at all, or None."""
-        problem = check_plan(point, self.spec, self.cluster)
-        if problem:
-            return problem.reason
+        built = (
+            point.pool, point.replicas, point.tensor, point.pipeline, point.expert, point.attention_data,
+            point.weights, point.activations, point.kv_cache,
+        )  # fmt: skip
+        if built not in self._problems:
+            problem = check_plan(point, self.spec, self.cluster)
+            self._problems[built] = problem.reason if problem else None
+        if self._problems[built]:
+            return self._problems[built]
         limit = self.spec.max_context_tokens
         if limit and self.longest_sequence_tokens > limit:
             return (
@@ -165,7 +185,8 @@ class Evaluator:
     def shape_key(self, point: PlanPoint) -> tuple[Any, ...]:
         """What the step tables of a plan depend on."""
         return (
-            self._identity[point.pool], point.degrees, point.weights, point.activations, point.kv_cache,
+            self._identity[point.pool], point.tensor, point.pipeline, point.expert, point.attention_data,
+            point.weights, point.activations, point.kv_cache,
             point.cuda_graphs, self._sizes(point), _round_up(self.longest_sequence_tokens),
         )  # fmt: skip
 
@@ -271,63 +292,113 @@ class Evaluator:
 
     def evaluate(self, point: PlanPoint, *, interval: bool = True) -> Evaluation:
         """Metrics, memory and 90 % interval of a plan that `reject` lets pass."""
-        result, memory = self.run(point)
-        metrics = result.metrics()
-        kv_used = result.peak_kv_blocks * self.engine.block_tokens / max(1, point.attention_data)
-        used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
-        used += min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)
-        metrics["memory_bytes"] = used * point.devices
+        memory = self.memory(point)
+        known = None
+        if not memory.shortfall:
+            shape, config = self.shape_key(point), self.scheduler(point, memory)
+            known = self._runs.find(shape, config)
+        if known is None:
+            result, memory = self.run(point)
+            metrics, peak_blocks = result.metrics(), result.peak_kv_blocks
+            self._runs.add(shape, config, result)
+        else:
+            metrics, peak_blocks = dict(known[0]), known[1]
+        metrics = self._at_the_meter(metrics)
+        metrics["memory_bytes"] = self.used_bytes(point, memory, peak_blocks)
         breakdown = metrics.pop("breakdown_s")
         found = Evaluation(point, metrics, memory, breakdown, {})
         return self.with_interval(found) if interval else found
 
+    def _at_the_meter(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The metrics with energy and power of the hosts and of the site's cooling added."""
+        if self.site == Site():
+            return metrics
+        before = metrics["energy_j"]
+        host_j = self.site.host_w_per_device * metrics["devices"] * metrics["makespan_s"]
+        factor = self.site.pue * (before + host_j) / before if before > 0 else 1.0
+        names = ("energy_j", "energy_j_per_output_token", "power_w", "power_w_per_device")
+        return metrics | {name: metrics[name] * factor for name in names}
+
+    def used_bytes(self, point: PlanPoint, memory: MemoryPlan, peak_blocks: int) -> float:
+        """Device memory in use at the peak, all devices, when a worker held so many KV blocks at once."""
+        kv_used = peak_blocks * self.engine.block_tokens / max(1, point.attention_data)
+        used = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
+        return (used + min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)) * point.devices
+
     def with_interval(self, evaluation: Evaluation) -> Evaluation:
-        """The same evaluation with its 90 % interval: the plan on a faster and on a slower machine."""
+        """The same evaluation with its 90 % interval.
+
+        Kernels' errors go through the simulation (the plan on a faster and on a slower machine, all operators
+        off together: a device's kernels err alike). What whole runs were still off by, engine by engine, is
+        independent of them: both spreads add as squares of logarithms.
+        """
         point, metrics = evaluation.point, evaluation.metrics
         ends = [
-            self.run(point, time_factor=factor)[0].metrics() for factor in self.tables(point).interval_factor
+            self._at_the_meter(self.run(point, time_factor=factor)[0].metrics())
+            for factor in self.tables(point).interval_factor
         ]
+        tpot, ttft = self.engine.run_error["tpot"], self.engine.run_error["ttft"]
         rows: dict[str, dict[str, tuple[float, float]]] = {}
-        for metric in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
+        for metric, error in (("ttft_s", ttft), ("tpot_s", tpot), ("itl_s", tpot), ("e2e_s", tpot)):
             rows[metric] = {
-                name: _ordered(value, ends[0][metric][name], ends[1][metric][name])
+                name: _spread(value, ends[0][metric][name], ends[1][metric][name], error)
                 for name, value in metrics[metric].items()
                 if value is not None
             }
-        for metric in ("output_tokens_per_s", "energy_j"):
-            rows[metric] = {"value": _ordered(metrics[metric], ends[0][metric], ends[1][metric])}
+        slower = (1.0 / tpot[1], 1.0 / tpot[0])
+        for metric, error in (("output_tokens_per_s", slower), ("energy_j", tpot)):
+            found = _spread(metrics[metric], ends[0][metric], ends[1][metric], error)
+            rows[metric] = {"value": found}
+        if metrics["output_tokens_per_s"] > 0 and self._offered():
+            # A server that keeps up puts out what is asked of it, however fast it is.
+            rates = [end["output_tokens_per_s"] for end in ends]
+            rows["output_tokens_per_s"] = {"value": _ordered(metrics["output_tokens_per_s"], *rates)}
         return replace(evaluation, interval=rows)
+
+    def _offered(self) -> bool:
+        """Whether requests arrive on their own, not when others have ended."""
+        return self.workload.concurrency == 0
 
     # --- bounds -----------------------------------------------------------------------------
 
-    def bounds(self, point: PlanPoint) -> dict[str, float]:
-        """Admissible bounds on the plan's metrics (see `planner.bounds`)."""
+    def bounds(self, point: PlanPoint, wanted: frozenset[str] | None = None) -> dict[str, float]:
+        """Admissible bounds on the plan's metrics (see `planner.bounds`); `wanted` limits the statistics."""
         device = self.cluster.pool(point.pool).device
-        return metric_bounds(
-            self._work(point),
+        found = metric_bounds(
+            self._work(point, wanted),
             replicas=point.replicas,
             devices=point.devices,
-            idle_w=device.idle_w,
+            idle_w=device.idle_w + self.site.host_w_per_device,
             usd_per_hour=self.price(point),
         )
+        found["energy_j"] *= self.site.pue
+        return found
 
     def work_bound_s(self, point: PlanPoint) -> float:
         """Seconds that one worker needs at the least for all requests: no rate is above requests / this."""
-        return max(self._work(point).work_s, 1e-12)
+        return max(self._work(point, None).work_s, 1e-12)
 
-    def _work(self, point: PlanPoint) -> WorkBounds:
+    def _work(self, point: PlanPoint, wanted: frozenset[str] | None) -> WorkBounds:
         memory = self.memory(point)
         at_once = min(point.max_num_seqs * point.attention_data, len(self.workload))
         room = at_once * (self.longest_sequence_tokens + self.engine.block_tokens)
         preemption = self.engine.admission == "on_demand" and memory.kv_tokens < room
         key = (
             *self.shape_key(point), point.prefix_caching, point.max_num_seqs, point.max_num_batched_tokens,
-            preemption,
+            preemption, wanted,
         )  # fmt: skip
         work = self._bounds.get(key)
         if work is None:
+            facts = self._facts.get(wanted)
+            if facts is None:
+                facts = self._facts[wanted] = WorkFacts(
+                    self.workload,
+                    wanted=wanted,
+                    request_s=self.engine.request_s,
+                    request_per_token_s=self.engine.request_per_token_s,
+                )
             work = self._bounds[key] = work_bounds(
-                self.workload,
+                facts,
                 self.tables(point),
                 prefix_caching=point.prefix_caching,
                 max_num_seqs=point.max_num_seqs,
@@ -336,13 +407,42 @@ class Evaluator:
             )
         return work
 
+    def wanted(self, objectives: tuple[str, ...]) -> frozenset[str]:
+        """The statistics that these objectives and the SLO read; what else bounds know is left out."""
+        names = {f"{metric}.{statistic}" for metric, rows in self.slo.items() for statistic in rows}
+        names |= {f"{OBJECTIVES[name].metric}.{OBJECTIVES[name].statistic}" for name in objectives}
+        return frozenset(names & set(STATISTICS))
+
     def bound_vector(self, point: PlanPoint, objectives: tuple[str, ...], bounds: Mapping[str, float]) -> Any:
         """[m] optimistic objective values of a plan."""
         memory = self.memory(point)
         least = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
+        # The longest request alone holds so many blocks at its end.
+        block = self.engine.block_tokens
+        held = (self.longest_sequence_tokens - 2) // block * block / max(1, point.attention_data)
+        least += min(memory.kv_cache_bytes, max(0.0, held) * memory.kv_bytes_per_token)
         return bound_vector(
             objectives, bounds, float(self.workload.output_tokens.sum()), least * point.devices
         )
+
+    def bound_pieces(self, point: PlanPoint, objectives: tuple[str, ...], vector: Any) -> Any:
+        """[k, m] points of which one at least is no worse than the plan; `vector` is their best corner.
+
+        Where latency and energy are both asked for, they are traded (see `planner.bounds`).
+        """
+        if not {"latency", "energy"} <= set(objectives):
+            return vector[None]
+        latency, energy = objectives.index("latency"), objectives.index("energy")
+        trade = self._work(point, self.wanted(objectives)).trade(float(vector[latency]))
+        if len(trade) < 2:
+            return vector[None]
+        pieces = np.repeat(vector[None], len(trade), axis=0)
+        above = (trade[:, 1] - trade[:, 1].min()) * self.site.pue / float(self.workload.output_tokens.sum())
+        pieces[:, latency] = np.maximum(vector[latency], trade[:, 0])
+        pieces[:, energy] = vector[energy] + above
+        # Of rows at the same latency (overload raises it) the last has the least energy.
+        last = np.append(pieces[1:, latency] > pieces[:-1, latency], True)
+        return pieces[last]
 
 
 def table_sizes(space: PlanSpace) -> tuple[int, int]:
@@ -354,11 +454,22 @@ def table_sizes(space: PlanSpace) -> tuple[int, int]:
     return tokens, seqs
 
 
+def _spread(value: float, fast: float, slow: float, error: tuple[float, float]) -> tuple[float, float]:
+    """(low, high) of a value from its two simulated ends and an independent error of the whole."""
+    if not value > 0:
+        return _ordered(value, fast, slow)
+    ends = [max(end, 1e-12) for end in (min(value, fast, slow), max(value, fast, slow))]
+    low = math.hypot(math.log(value / ends[0]), math.log(error[0]))
+    high = math.hypot(math.log(ends[1] / value), math.log(error[1]))
+    return value * math.exp(-low), value * math.exp(high)
+
+
 def _ordered(value: float, *others: float) -> tuple[float, float]:
     """(low, high) of a value and its two ends; a faster machine may queue differently."""
     return min(value, *others), max(value, *others)
 
 
+@lru_cache(maxsize=4096)
 def _round_up(value: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, ... : few distinct table sizes, little waste."""
     power = 1

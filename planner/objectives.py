@@ -63,8 +63,8 @@ def bound_vector(
 ) -> FloatArray:
     """[m] optimistic values of the same objectives, from `bounds.metric_bounds`."""
     values = {
-        "latency": bounds["e2e_s.mean"],
-        "ttft": bounds["ttft_s.p95"],
+        "latency": bounds.get("e2e_s.mean", 0.0),
+        "ttft": bounds.get("ttft_s.p95", 0.0),
         "tpot": bounds["tpot_s"],
         "throughput": -bounds["output_tokens_per_s"],
         "energy": bounds["energy_j"] / output_tokens,

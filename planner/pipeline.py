@@ -20,7 +20,7 @@ from costmodels import CostModel, StepTables, default_cost_model
 from hardware import Catalog, Cluster, InputError, build_cluster, load_catalog
 from planner.engines import EngineProfile, load_profile
 from planner.evaluate import Evaluator, table_sizes
-from planner.explain import recommend
+from planner.explain import recommend, robustness, trade_offs, what_would_help
 from planner.models import ModelSpec, load_model
 from planner.objectives import slo_misses
 from planner.pareto import hypervolume, normalise
@@ -28,13 +28,15 @@ from planner.plans import PlanSpace, check_plan, resolve_plan
 from planner.request import Plan, PlanningRequest, parse_plan, parse_request
 from planner.result import PlanEntry, PlanningResult, Provenance, Recommended, RejectedEntry, SearchEntry
 from planner.search import Outcome, choose_searcher
-from planner.search.base import ProgressCallback
+from planner.search.base import ProgressCallback, Support
 from planner.workload import Workload, load_workload
 
 #: Step tables (a few MB each) that a planner keeps from one request to the next.
 MAX_TABLES = 256
 #: Rejections listed in a result; further ones are counted in `search.rejected`.
 MAX_REJECTED = 200
+#: Share of the budget for what would have to change where no plan will do.
+_CHANGES_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +63,7 @@ class Question:
             self.model,
             slo=self.request.slo.bounds(),
             prices=self.prices,
+            site=self.request.site,
             **options,
         )
 
@@ -138,8 +141,14 @@ class Planner:
         progress: ProgressCallback | None = None,
         cancelled: Callable[[], bool] | None = None,
         workers: int = 1,
+        support: Support | None = None,
+        changes: bool = True,
     ) -> PlanningResult:
-        """The Pareto front of plans for a request. Raises InputError for input that cannot be used."""
+        """The Pareto front of plans for a request. Raises InputError for input that cannot be used.
+
+        `support` names a backend, takes checkpoints and resumes from them. Where no plan meets the SLO,
+        `changes` looks for what would have to change, for a quarter of the budget at most.
+        """
         question = self.load(data)
         request = question.request
         space = PlanSpace(question.spec, question.cluster, question.engine, request.space)
@@ -164,9 +173,45 @@ class Planner:
             progress=progress,
             cancelled=cancelled,
             workers=workers,
+            support=support,
         )
         outcome.reason = "; ".join(text for text in (outcome.reason, why) if text)
-        return _result(question, evaluator, outcome)
+        result = _result(question, evaluator, outcome)
+        stopped = cancelled is not None and cancelled()
+        if changes and result.status == "infeasible" and not stopped:
+            found = self._changes(question, outcome, space, clock, cancelled)
+            result = result.model_copy(update={"changes": found})
+        return result
+
+    def _changes(
+        self,
+        question: Question,
+        outcome: Outcome,
+        space: PlanSpace,
+        clock: Callable[[], float],
+        cancelled: Callable[[], bool] | None,
+    ) -> list[dict[str, Any]]:
+        """What would have to change, tried for a quarter of the budget."""
+        request, start = question.request, clock()
+        most_s = _CHANGES_SHARE * request.search.budget_s
+
+        def ask(changed: dict[str, Any]) -> PlanningResult | None:
+            left = most_s - (clock() - start)
+            changed["search"] = {
+                **changed.get("search", {}),
+                "method": "auto",
+                "budget_s": max(0.05, left / 2),
+            }
+            try:
+                return self.plan(changed, clock=clock, cancelled=cancelled, changes=False)
+            except InputError:
+                return None  # a format that the device does not know, a cluster that cannot be
+
+        def enough() -> bool:
+            return clock() - start > most_s or (cancelled is not None and cancelled())
+
+        weights = sorted({formats[0] for _, formats in space.groups})
+        return what_would_help(request.to_dict(), outcome.judged, weights, ask, enough)
 
     def evaluate(self, data: Any, plan: Any = None) -> dict[str, Any]:
         """One plan of a request, judged: `{"status", "plans" or "rejected", "provenance"}`.
@@ -263,14 +308,15 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
     )
     entries: list[PlanEntry] = []
     rows: list[Mapping[str, str]] = []
-    for item in [*front, *rest]:
+    shown = [evaluator.with_interval(item.evaluation) for item in front]
+    sure = robustness(front, shown, request.objectives, evaluator.slo) if meets else None
+    for place, item in enumerate([*front, *rest]):
         on_front = item.point.id in ids
-        evaluation = evaluator.with_interval(item.evaluation) if on_front else item.evaluation
-        entries.append(
-            PlanEntry.model_construct(
-                **evaluation.entry(item.meets_slo, [miss.as_dict() for miss in item.misses])
-            )
-        )
+        evaluation = shown[place] if on_front else item.evaluation
+        entry = evaluation.entry(item.meets_slo, [miss.as_dict() for miss in item.misses])
+        if sure is not None and on_front:
+            entry["regret"] = sure.regret[place]
+        entries.append(PlanEntry.model_construct(**entry))
         if on_front:
             rows += evaluator.tables(item.point).provenance
     volume = 0.0
@@ -283,7 +329,12 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
     recommended = None
     if front:
         best, reason = recommend(front, request.objectives, certified=outcome.certified)
-        recommended = Recommended(plan_id=best.point.id, reason=reason)
+        trades = trade_offs(front, request.objectives, best) if meets else []
+        if sure is not None:
+            index = next(at for at, item in enumerate(front) if item is best)
+            words = sure.words(index, [item.point.label() for item in front])
+            reason = "; ".join(text for text in (reason, words) if text)
+        recommended = Recommended(plan_id=best.point.id, reason=reason, trade_offs=trades)
     rejected = sorted(outcome.rejected, key=lambda item: -item.plans)
     return PlanningResult.model_construct(
         schema_version="1",
@@ -307,6 +358,7 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
             hypervolume=volume,
             seed=request.search.seed,
             reason=outcome.reason,
+            gap=outcome.gap.as_dict() if outcome.gap else None,
         ),
         workload=question.workload_summary,
         provenance=_provenance(question, rows),

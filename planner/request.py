@@ -247,6 +247,15 @@ class SearchRequest(StrictModel):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
 
 
+class Site(StrictModel):
+    """What is drawn beside the accelerators, so that energy is that of the meter."""
+
+    #: Power of the whole site over power of its machines (ISO/IEC 30134-2): cooling and conversion.
+    pue: Annotated[float, Field(ge=1.0, le=3.0, allow_inf_nan=False)] = 1.0
+    #: Share of the server's processors, memory, fans and adapters in W per accelerator.
+    host_w_per_device: AmountOrZero = 0.0
+
+
 class PlanningRequest(StrictModel):
     """A model, machines, traffic, targets: what the planner is asked."""
 
@@ -260,6 +269,7 @@ class PlanningRequest(StrictModel):
     space: SpaceLimits = SpaceLimits()
     search: SearchRequest = SearchRequest()
     prices: dict[str, AmountOrZero] = Field(default_factory=dict)
+    site: Site = Site()
 
     @field_validator("schema_version", mode="before")
     @classmethod
@@ -273,7 +283,10 @@ class PlanningRequest(StrictModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The request as plain JSON values, fields that were left out not filled with null."""
-        return self.model_dump(mode="json", exclude_none=True)
+        found = self.model_dump(mode="json", exclude_none=True)
+        if self.site == Site():
+            del found["site"]  # nothing beside the accelerators: nothing to say
+        return found
 
 
 # --- what a plan is ------------------------------------------------------------------------

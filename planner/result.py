@@ -22,6 +22,8 @@ class Recommended(_Model):
 
     plan_id: str
     reason: str
+    #: What the best plan of each other objective gains over this one, and what it costs in the others.
+    trade_offs: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class PlanEntry(_Model):
@@ -35,6 +37,9 @@ class PlanEntry(_Model):
     memory_bytes_per_device: dict[str, float]
     interval: dict[str, dict[str, Interval]] = Field(default_factory=dict)
     breakdown_s: dict[str, float]
+    #: Of a plan on the front: how far it may turn out behind another within the 90 % intervals, as a share
+    #: of the front's spread.
+    regret: float | None = None
 
 
 class RejectedEntry(_Model):
@@ -58,6 +63,9 @@ class SearchEntry(_Model):
     hypervolume: float
     seed: int
     reason: str = ""
+    #: How far the front may be from the truth: per objective the best found and the best possible, the
+    #: hypervolume found and the most there can be, and how many plans are open. None: not told.
+    gap: dict[str, Any] | None = None
 
 
 class Provenance(_Model):
@@ -80,6 +88,8 @@ class PlanningResult(_Model):
     plans: list[PlanEntry]
     rejected: list[RejectedEntry]
     search: SearchEntry
+    #: Where no plan meets the SLO: what would have to change, and the plan that then does.
+    changes: list[dict[str, Any]] = Field(default_factory=list)
     workload: dict[str, Any] = Field(default_factory=dict)
     provenance: Provenance
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+# Small fits on few cores: threads would only wait for each other. Before scikit-learn is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from hypothesis import HealthCheck, settings
 
 # Compilation happens inside the first examples, so single examples have no deadline; in continuous

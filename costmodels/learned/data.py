@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from costmodels.learned.shapes import FORMATS, bound_s, columns
+from costmodels.learned.shapes import FORMATS, MLA_LATENT, bound_s, columns
+from costmodels.learned.store import POWER
+from costmodels.learned.watts import STEADY_S
 from costmodels.ops import FloatArray
 from hardware import InputError, load_catalog
 from hardware.device import Device
@@ -61,6 +63,13 @@ _SUSTAINED = {
     ("gb200", "vllm", "0.22.0"),
 }
 _LEAST_ROWS = 400
+_LEAST_SMALL = 150
+#: Of a user's own rows fewer will do: they refine what there is.
+_LEAST_OWN = 60
+_LEAST_POWER = 250
+_LEAST_SIZES = 8
+#: Power tables whose neighbours disagree (the GPU was shared or throttled): no use to anyone.
+_NOISY_POWER = {("b200_sxm", "vllm"), ("gb200", "vllm")}
 #: (hidden, intermediate, experts) of models whose experts have two matrices, not three: the tables of
 #: TensorRT-LLM name their kernels so ("nongated"), those of other engines only have the shapes.
 _UNGATED = {
@@ -85,6 +94,9 @@ class Problem:
     seconds: FloatArray
     group: Any
     dropped: dict[str, int] = field(default_factory=dict)
+    watts: FloatArray | None = None  # mean power of each row, where that is what is learned
+    own: bool = False  # a user's measurements: folders that go by our devices' names
+    source: str = "aiconfigurator-core"  # whose tables
 
     @property
     def device(self) -> Device:
@@ -94,6 +106,8 @@ class Problem:
     @property
     def key(self) -> str:
         """`h100-sxm-80gb/vllm/gemm/bf16`."""
+        if self.watts is not None:
+            return f"{self.device_name}/any/{POWER}{self.family}/{self.dtype}"
         return f"{self.device_name}/{self.engine}/{self.family}/{self.dtype}"
 
 
@@ -121,19 +135,35 @@ def problems(tables: Path) -> Iterator[Problem]:
             continue
         device = catalog.device(name)
         for engine in ENGINES:
-            for family, read in (("gemm", _gemm), ("prefill", _prefill), ("decode", _decode), ("moe", _moe)):
-                for dtype, version, raw, seconds, group, dropped in read(root, system, engine):
-                    found = _clean(device, family, dtype, raw, seconds, group, dropped)
+            for table in _TABLES:
+                own = system not in SYSTEMS
+                least = _LEAST_OWN if own else table.least
+                newest = _newest(root, system, engine, table, least=least)
+                for dtype, (version, rows, dropped) in newest.items():
+                    if _host_bound(engine, table, dtype) or (table.family == "bmm" and dtype != "bf16"):
+                        continue  # engines run the small products of latent attention in 16 bits
+                    part, raw, group = table.make(rows)
+                    dropped = {**dropped, "of another kind of kernel": len(rows) - len(part)}
+                    found = clean(
+                        device, table.family, dtype, raw, part["seconds"].to_numpy(), group, dropped, least
+                    )
                     if found is None:
                         continue
                     raw, seconds, group = found
                     mark = hashlib.sha256(np.ascontiguousarray(seconds).tobytes()).hexdigest()
                     if seen.setdefault(mark, name) != name:
                         continue  # a copy of another device's table
-                    yield Problem(name, engine, family, dtype, version, raw, seconds, group, dropped)
+                    yield Problem(
+                        name, engine, table.family, dtype, version, raw, seconds, group, dropped, own=own
+                    )
 
 
-def _clean(
+def _host_bound(engine: str, table: _Table, dtype: str) -> bool:
+    """Launched without a graph when measured: the GPU waited for the host."""
+    return engine == "vllm" and table.family == "gemm" and dtype == "fp8_block"
+
+
+def clean(
     device: Device,
     family: str,
     dtype: str,
@@ -141,8 +171,10 @@ def _clean(
     seconds: FloatArray,
     group: Any,
     dropped: dict[str, int],
+    least: int,
 ) -> tuple[FloatArray, FloatArray, Any] | None:
-    if family in ("gemm", "moe"):
+    """Rows that can be true, with what is dropped counted; None when fewer than `least` are left."""
+    if dtype != "any":
         arithmetic = FORMATS[dtype][2]
         if arithmetic not in device.peak_flops_per_s and arithmetic != "bf16":
             return None
@@ -150,7 +182,7 @@ def _clean(
     dropped["without time"] = int((~good).sum())
     possible = np.zeros(len(seconds), dtype=bool)
     possible[good] = seconds[good] >= 0.97 * bound_s(family, raw[good], device, dtype)
-    if family in ("prefill", "decode", "gemm"):
+    if family != "moe":
         # What fits in the cache may beat the memory's roofline; what does not, is a broken row.
         possible = possible | (good & (seconds < 60e-6))
     keep = possible
@@ -162,7 +194,7 @@ def _clean(
         seconds = np.maximum(seconds, limit)
     else:
         dropped["faster than the roofline"] = int((good & ~possible).sum())
-    if keep.sum() < _LEAST_ROWS:
+    if keep.sum() < least:
         return None
     return raw[keep], seconds[keep], np.asarray(group)[keep]
 
@@ -171,12 +203,12 @@ def _version(path: Path) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", path.parent.name))
 
 
-def _files(root: Path, system: str, engine: str, name: str) -> list[Path]:
-    """Tables of an engine, oldest version first, without the sustained ones."""
+def _files(root: Path, system: str, engine: str, name: str, *, sustained: bool = False) -> list[Path]:
+    """Tables of an engine, oldest version first: bursts, or the sustained runs."""
     found = [
         path
         for path in (root / engine).glob(f"*/{name}.*")
-        if (system, engine, path.parent.name) not in _SUSTAINED
+        if sustained or (system, engine, path.parent.name) not in _SUSTAINED
     ]
     return sorted(found, key=_version)
 
@@ -191,43 +223,60 @@ def _read(path: Path, dropped: dict[str, int]) -> pd.DataFrame:
         "op_name",
     )  # fmt: skip
     keys = [name for name in frame.columns if name not in skip]
+    if "mla_bmm" in path.name:
+        keys.append("op_name")
+    frame["watts"] = frame.get("power", np.nan)
     kernels = [*keys, "kernel_source"] if "kernel_source" in frame else keys
     before = len(frame)
-    frame = frame.groupby(kernels, as_index=False, dropna=False, sort=True)["latency"].median()
+    frame = frame.groupby(kernels, as_index=False, dropna=False, sort=True)[["latency", "watts"]].median()
     dropped["duplicates"] = before - len(frame)
     before = len(frame)
-    frame = frame.groupby(keys, as_index=False, dropna=False, sort=True)["latency"].min()
+    if before and "kernel_source" in frame:
+        frame = frame.sort_values("latency", kind="stable").groupby(keys, dropna=False, sort=True).head(1)
+        frame = frame.sort_values(keys, kind="stable").reset_index(drop=True)
     dropped["slower rival kernels"] = before - len(frame)
     frame["seconds"] = frame["latency"] * 1e-3
     return frame
 
 
-_Rows = Iterator[tuple[str, str, FloatArray, FloatArray, Any, dict[str, int]]]
-
-
 def _newest(
-    root: Path, system: str, engine: str, name: str, column: str
+    root: Path, system: str, engine: str, table: _Table, *, sustained: bool = False, least: int = 0
 ) -> dict[str, tuple[str, Any, dict[str, int]]]:
     """Format -> (version, rows, what was dropped), each from the newest version that measured it."""
     found: dict[str, tuple[str, Any, dict[str, int]]] = {}
-    for path in _files(root, system, engine, name):
+    files = _files(root / table.folder, system, engine, table.name, sustained=sustained)
+    for path in files if table.dtype else files[-1:]:
         dropped: dict[str, int] = {}
         frame = _read(path, dropped)
-        for dtype, part in frame.groupby(column):
-            if str(dtype) in _DTYPES and len(part) >= _LEAST_ROWS:
+        if table.dtype is None:
+            found["any"] = (path.parent.name, frame, dropped)
+            continue
+        for dtype, part in frame.groupby(table.dtype):
+            if str(dtype) in _DTYPES and len(part) >= (least or table.least):
                 found[_DTYPES[str(dtype)]] = (path.parent.name, part, dropped)
     return found
 
 
-def _gemm(root: Path, system: str, engine: str) -> _Rows:
-    for dtype, (version, part, dropped) in _newest(
-        root / "gemm", system, engine, "gemm_perf", "gemm_dtype"
-    ).items():
-        if engine == "vllm" and dtype == "fp8_block":
-            continue  # launched without a graph: bound by the host
-        raw = columns("gemm", m=part["m"], n=part["n"], k=part["k"])
-        group = part["n"].astype(str) + "x" + part["k"].astype(str)
-        yield dtype, version, raw, part["seconds"].to_numpy(), group.to_numpy(), dict(dropped)
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Where a family's rows are: `{folder}/{engine}/{version}/{name}.parquet`; `dtype`: the column of formats
+    (without one, one predictor answers all); `least`: rows that a predictor needs."""
+
+    family: str
+    folder: str
+    name: str
+    dtype: str | None
+    make: Callable[[Any], tuple[Any, FloatArray, Any]]  # table -> (its rows that count, raw, groups)
+    least: int = _LEAST_ROWS
+
+
+def _gemm(part: Any) -> tuple[Any, FloatArray, Any]:
+    raw = columns("gemm", m=part["m"], n=part["n"], k=part["k"])
+    return part, raw, (part["n"].astype(str) + "x" + part["k"].astype(str)).to_numpy()
+
+
+def _kv_bytes(part: Any) -> Any:
+    return np.where(part["kv_cache_dtype"].astype(str).str.contains("fp8"), 1.0, 2.0)
 
 
 def _heads(part: Any) -> tuple[Any, Any, Any]:
@@ -237,59 +286,150 @@ def _heads(part: Any) -> tuple[Any, Any, Any]:
     return kv, window, group.to_numpy()
 
 
-def _kv_bytes(part: Any) -> Any:
-    return np.where(part["kv_cache_dtype"].astype(str).str.contains("fp8"), 1.0, 2.0)
-
-
-def _prefill(root: Path, system: str, engine: str) -> _Rows:
-    files = _files(root / "attention", system, engine, "context_attention_perf")
-    if not files:
-        return
-    dropped: dict[str, int] = {}
-    part = _read(files[-1], dropped)
+def _prefill(part: Any) -> tuple[Any, FloatArray, Any]:
     part = part[~part["attn_dtype"].astype(str).str.contains("fp8")]
     kv, window, group = _heads(part)
     raw = columns(
         "prefill", batch=part["batch_size"], query=part["isl"], heads=part["num_heads"], kv_heads=kv,
         head_dim=part["head_dim"], window=window, kv_bytes=_kv_bytes(part),
     )  # fmt: skip
-    yield "any", files[-1].parent.name, raw, part["seconds"].to_numpy(), group, dropped
+    return part, raw, group
 
 
-def _decode(root: Path, system: str, engine: str) -> _Rows:
-    files = _files(root / "attention", system, engine, "generation_attention_perf")
-    if not files:
-        return
-    dropped: dict[str, int] = {}
-    part = _read(files[-1], dropped)
+def _decode(part: Any) -> tuple[Any, FloatArray, Any]:
     kv, window, group = _heads(part)
     raw = columns(
         "decode", sequences=part["batch_size"], context=part["step"] + part["isl"], heads=part["num_heads"],
         kv_heads=kv, head_dim=part["head_dim"], window=window, kv_bytes=_kv_bytes(part),
     )  # fmt: skip
-    yield "any", files[-1].parent.name, raw, part["seconds"].to_numpy(), group, dropped
+    return part, raw, group
 
 
-def _moe(root: Path, system: str, engine: str) -> _Rows:
-    for dtype, (version, rows, dropped) in _newest(
-        root / "moe", system, engine, "moe_perf", "moe_dtype"
-    ).items():
-        shape = list(zip(rows["hidden_size"], rows["inter_size"], rows["num_experts"], strict=True))
-        gated = np.array([item not in _UNGATED for item in shape])
-        dropped = {**dropped, "experts without a gate": int((~gated).sum())}
-        rows = rows[gated]
-        # Routing of served models is skewed; this is the mildest of the measured skews.
-        part = rows[rows["distribution"] == "power_law_1.01"]
-        if len(part) < _LEAST_ROWS:
-            part = rows
-        if len(part) < _LEAST_ROWS:
+def _moe(part: Any) -> tuple[Any, FloatArray, Any]:
+    shape = list(zip(part["hidden_size"], part["inter_size"], part["num_experts"], strict=True))
+    part = part[np.array([item not in _UNGATED for item in shape])]
+    # Routing of served models is skewed; this is the mildest of the measured skews.
+    skewed = part[part["distribution"] == "power_law_1.01"]
+    part = skewed if len(skewed) >= _LEAST_ROWS else part
+    experts = part["num_experts"].to_numpy(dtype=np.float64)
+    raw = columns(
+        "moe", tokens=part["num_tokens"], hidden=part["hidden_size"],
+        intermediate=part["inter_size"] / part["moe_tp_size"], experts=experts,
+        local_experts=np.maximum(1.0, experts / part["moe_ep_size"]), top_k=part["topk"],
+    )  # fmt: skip
+    group = part["hidden_size"].astype(str) + "/" + part["inter_size"].astype(str)
+    return part, raw, (group + "/" + part["num_experts"].astype(str)).to_numpy()
+
+
+def _latent(part: Any) -> Any:
+    # The same kernel was measured once for every way of arriving at this number of heads.
+    keys = ["batch_size", "isl", "step", "num_heads", "kv_cache_dtype"]
+    return part.groupby(keys, as_index=False, sort=True)[["seconds", "watts"]].median()
+
+
+def _by_heads(part: Any) -> Any:
+    return (part["num_heads"].astype(str) + "/" + part["batch_size"].astype(str)).to_numpy()
+
+
+def _mla_prefill(part: Any) -> tuple[Any, FloatArray, Any]:
+    part = _latent(part)
+    raw = columns(
+        "mla_prefill", batch=part["batch_size"], query=part["isl"], heads=part["num_heads"],
+        kv_bytes=_kv_bytes(part),
+    )  # fmt: skip
+    return part, raw, _by_heads(part)
+
+
+def _mla_decode(part: Any) -> tuple[Any, FloatArray, Any]:
+    part = _latent(part)
+    raw = columns(
+        "mla_decode", sequences=part["batch_size"], context=part["step"] + part["isl"],
+        heads=part["num_heads"], kv_bytes=_kv_bytes(part),
+    )  # fmt: skip
+    return part, raw, _by_heads(part)
+
+
+def _bmm(part: Any) -> tuple[Any, FloatArray, Any]:
+    """Per-head projections into and out of the latent space: pre 128 -> 512, post 512 -> 128."""
+    into = (part["op_name"] == "mla_gen_pre").to_numpy()
+    raw = columns(
+        "bmm", m=part["num_tokens"], n=np.where(into, MLA_LATENT, 128), k=np.where(into, 128, MLA_LATENT),
+        batch=part["num_heads"],
+    )  # fmt: skip
+    return part, raw, (part["num_heads"].astype(str) + "/" + part["op_name"].astype(str)).to_numpy()
+
+
+_TABLES = (
+    _Table("gemm", "gemm", "gemm_perf", "gemm_dtype", _gemm),
+    _Table("prefill", "attention", "context_attention_perf", None, _prefill),
+    _Table("decode", "attention", "generation_attention_perf", None, _decode),
+    _Table("moe", "moe", "moe_perf", "moe_dtype", _moe),
+    _Table("mla_prefill", "mla", "context_mla_perf", None, _mla_prefill, _LEAST_SMALL),
+    _Table("mla_decode", "mla", "generation_mla_perf", None, _mla_decode, _LEAST_SMALL),
+    _Table("bmm", "mla_bmm", "mla_bmm_perf", "bmm_dtype", _bmm, _LEAST_SMALL),
+)
+
+
+def power_problems(tables: Path) -> Iterator[Problem]:
+    """Rows with power whose windows were long enough to be steady, as problems with `watts`.
+
+    Newest version of each engine that measured power, host-disturbed files excepted.
+    """
+    catalog = load_catalog()
+    for system, name in {**SYSTEMS, **{name: name for name in catalog.devices}}.items():
+        root = tables / system
+        if not root.is_dir():
             continue
-        experts = part["num_experts"].to_numpy(dtype=np.float64)
-        raw = columns(
-            "moe", tokens=part["num_tokens"], hidden=part["hidden_size"],
-            intermediate=part["inter_size"] / part["moe_tp_size"], experts=experts,
-            local_experts=np.maximum(1.0, experts / part["moe_ep_size"]), top_k=part["topk"],
-        )  # fmt: skip
-        group = part["hidden_size"].astype(str) + "/" + part["inter_size"].astype(str)
-        group = group + "/" + part["num_experts"].astype(str)
-        yield dtype, version, raw, part["seconds"].to_numpy(), group.to_numpy(), dict(dropped)
+        for engine in ENGINES:
+            if (system, engine) in _NOISY_POWER:
+                continue
+            for table in _TABLES:
+                if table.family not in STEADY_S:
+                    continue
+                found = _newest(root, system, engine, table, sustained=True)
+                for dtype, (version, rows, dropped) in found.items():
+                    if _host_bound(engine, table, dtype):
+                        continue
+                    part, raw, group = table.make(rows)
+                    seconds, watts = part["seconds"].to_numpy(), part["watts"].to_numpy()
+                    steady = (watts > 0) & (seconds >= STEADY_S[table.family])
+                    device = catalog.device(name)
+                    if dtype != "any" and FORMATS[dtype][2] not in device.peak_flops_per_s:
+                        continue
+                    if steady.sum() < _LEAST_POWER:
+                        continue
+                    dropped = {**dropped, "not at steady power": int((~steady).sum())}
+                    yield Problem(
+                        name, engine, table.family, dtype, version, raw[steady], seconds[steady],
+                        np.asarray(group)[steady], dropped, watts[steady],
+                    )  # fmt: skip
+
+
+def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArray, str]]:
+    """(`device/engine/kind/devices`, device, bytes, seconds, what it is) of every measured collective.
+
+    Half precision; messages are counted in elements there. Engines' own all-reduces: rows of CUDA graphs.
+    """
+    import pandas as pd
+
+    for system, name in {**SYSTEMS, **{name: name for name in load_catalog().devices}}.items():
+        comm = tables / system / "comm"
+        for engine in ("nccl", *ENGINES):
+            table = "nccl_perf" if engine == "nccl" else "custom_allreduce_perf"
+            files = sorted((comm / engine).glob(f"*/{table}.*"), key=_version)
+            if not files:
+                continue
+            path = files[-1]
+            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            if "nccl_dtype" in frame:
+                frame = frame[frame["nccl_dtype"] == "half"]
+            frame = frame[~frame["kernel_source"].astype(str).str.contains("eager") & (frame["latency"] > 0)]
+            grouped = frame.groupby(["op_name", "num_gpus", "message_size"], sort=True)["latency"].median()
+            for (kind, devices), curve in grouped.groupby(level=[0, 1]):
+                size = curve.index.get_level_values(2).to_numpy(dtype=np.float64) * 2.0
+                if len(size) < _LEAST_SIZES:
+                    continue
+                spelled = {"alltoall": "all_to_all"}.get(str(kind), str(kind))
+                key = f"{name}/{engine}/{spelled}/{devices}"
+                label = f"aiconfigurator-core, {engine} {path.parent.name}"
+                yield key, name, size, curve.to_numpy() * 1e-3, label

@@ -1,39 +1,44 @@
 """`LearnedModel`: closed forms corrected by trees, where kernels of the very device and engine were measured.
 
-What has no artifact (another device, format or engine, collectives, memory-bound kernels) is answered by
-`RooflineModel`, which says what it stands on. A size outside the measured range gets the correction of the
-nearest measured size and a wider interval.
+What has no artifact is answered by its kind: a device of the same die gets its twin's correction, latent
+attention that was measured under another engine gets that engine's, everything else `RooflineModel`, and each
+says what it stands on. Beyond the measured range trees keep the correction of the nearest measured sizes, and
+the interval widens with every doubling.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib import resources
-from pathlib import Path
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from costmodels import sizes
 from costmodels.analytic import RooflineModel, format_key
 from costmodels.base import Prediction
-from costmodels.fitted import Choice
 from costmodels.kernels import prefill_time
+from costmodels.learned.curves import learned_collective
 from costmodels.learned.shapes import (
-    COLUMNS,
-    FEATURES_VERSION,
+    MLA_CACHED,
+    MLA_HEAD,
+    MLA_LATENT,
+    MLA_VALUE,
+    bound_s,
     closed_form,
     columns,
+    known,
     make_batch,
     rates_of,
-    time_class,
 )
-from costmodels.learned.trees import Trees, unpack
+from costmodels.learned.store import Artifact, find
+from costmodels.learned.watts import learned_power, power_features, speaker
 from costmodels.ops import (
+    Collective,
     DecodeAttention,
+    Elementwise,
     FloatArray,
     Gemm,
     GroupedGemm,
@@ -41,78 +46,25 @@ from costmodels.ops import (
     PrefillAttention,
 )
 from costmodels.power import operator_power, sustained_factor
-from costmodels.roofline import array, element_bytes, roofline_bound
+from costmodels.roofline import array, causal_pairs, element_bytes, roofline_bound
 from hardware.device import Device
 
 #: Interval, each way, for every doubling of a size beyond the measured range (log units).
 _BEYOND = 0.10
 _MOST_OCTAVES = 3.0
+#: The same for a kind of attention (window, KV format, head size) that was never measured: closed forms were
+#: off by half at the most in nine of ten of such rows.
+_UNLIKE = 0.4
 #: A chunk shorter than this is not like any measured prompt when it reads a cached context.
 _SHORT_CHUNK = 64.0
+#: Interval, each way, of a correction from a device of the same die, and from another engine's kernel
+#: (log units): the same kernels differ by 2-12 % between twins, prompts of two engines by more.
+_TWIN = 0.12
+_OTHER_ENGINE = 0.25
+_ENGINES = ("sglang", "trtllm", "vllm")
+_LIBRARY = "cublas"
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Artifact:
-    """A fitted predictor with its card."""
-
-    trees: Trees
-    card: Mapping[str, Any]
-    id: str
-    low: FloatArray  # [columns] measured range
-    high: FloatArray
-    interval: FloatArray  # [classes, 2] of log(measured / predicted)
-    choice: Choice
-
-
-@lru_cache(maxsize=1)
-def _folder() -> Path:
-    return Path(str(resources.files("costmodels") / "artifacts"))
-
-
-@lru_cache(maxsize=1)
-def _index() -> dict[str, dict[str, Any]]:
-    path = _folder() / "index.json"
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found
-
-
-def artifact_rows() -> list[dict[str, Any]]:
-    """What `planfront catalog costmodels` lists: one plain dict per shipped predictor."""
-    return [{"name": key, **row, "source": row["data"]} for key, row in sorted(_index().items())]
-
-
-_LOADED: dict[tuple[Any, ...], Artifact | None] = {}
-
-
-def _find(key: str, device: Device) -> Artifact | None:
-    """The artifact of a key, read once for a device as it is (a user's catalog may change its numbers)."""
-    peaks = tuple(sorted(device.peak_flops_per_s.items()))
-    own = (key, device.memory_bandwidth_bytes_per_s, device.sm_count, device.l2_bytes, peaks)
-    if own not in _LOADED:
-        _LOADED[own] = _load(key, device)
-    return _LOADED[own]
-
-
-def _load(key: str, device: Device) -> Artifact | None:
-    row = _index().get(key)
-    if row is None:
-        return None
-    trees, card = unpack(_folder() / row["file"])
-    if card["features"] != FEATURES_VERSION:
-        return None  # fitted on other features: of no use to this code
-    rates = rates_of(device, card["family"], card["dtype"])
-    if not np.allclose(rates, card["rates"], rtol=0.02):
-        return None  # a device of this name, but with other peaks than the one that was measured
-    names = COLUMNS[card["family"]]
-    return Artifact(
-        trees,
-        card,
-        row["id"],
-        np.array([card["range"][name][0] for name in names]),
-        np.array([card["range"][name][1] for name in names]),
-        np.array(card["interval"], dtype=np.float64),
-        closed_form(card["family"], device, card["engine"], card["dtype"]),
-    )
+_Around = Callable[[FloatArray], tuple[FloatArray, FloatArray, FloatArray]]
 
 
 class LearnedModel:
@@ -125,26 +77,132 @@ class LearnedModel:
         self.name = f"learned-{engine or 'any'}{'' if sustained else '-burst'}"
 
     def predict(self, op: Operator, device: Device) -> Prediction:
-        """Cost of one call of `op`; KeyError for a format `device` cannot run."""
-        asked = _ask(op, device)
-        artifact = (
-            _find(f"{device.name}/{self.engine}/{asked.family}/{asked.dtype}", device) if asked else None
+        """Cost of one call of `op`; KeyError for a format `device` cannot run.
+
+        Kernels are asked about at the sizes of `costmodels.sizes`, with straight lines between.
+        """
+        if isinstance(op, Gemm):
+            return self._along(op, device, ("m",), (sizes.around,))
+        if isinstance(op, GroupedGemm):
+            return self._along(op, device, ("tokens",), (sizes.around,))
+        if isinstance(op, DecodeAttention):
+            grid = (sizes.around_sequences, sizes.around_contexts)
+            return self._along(op, device, ("sequences", "context_tokens"), grid)
+        if isinstance(op, PrefillAttention):
+            grid = (sizes.around_lengths, sizes.around_cached)
+            return self._along(op, device, ("query_tokens", "context_tokens"), grid)
+        return self._at(op, device)
+
+    # --- between sizes ----------------------------------------------------------------------
+
+    def _along(
+        self, op: Any, device: Device, names: tuple[str, ...], grid: tuple[_Around, ...]
+    ) -> Prediction:
+        given = np.broadcast_arrays(*(array(getattr(op, name)) for name in names))
+        shape = given[0].shape
+        axes = [np.maximum(values.reshape(-1), 0.0) for values in given]
+        around = [find_knots(values) for find_knots, values in zip(grid, axes, strict=True)]
+        if all((low == high).all() for low, high, _ in around):
+            return self._at(op, device)
+        corners = tuple(itertools.product((0, 1), repeat=len(axes)))
+        points = [
+            [around[axis][side] for axis, side in enumerate(corner)] for corner in corners
+        ]  # [corner][axis] -> [n]
+        stacked = np.stack([np.concatenate([point[axis] for point in points]) for axis in range(len(axes))])
+        keys = stacked[0].astype(np.int64)
+        if len(axes) == 2:
+            keys = (keys << 27) + stacked[1].astype(np.int64)
+        _, first, back = np.unique(keys, return_index=True, return_inverse=True)
+        asked = {name: stacked[axis][first] for axis, name in enumerate(names)}
+        guess = self._at(replace(op, **asked), device)
+        per = np.ones(len(first))
+        whole = np.ones(len(axes[0]))
+        if isinstance(op, PrefillAttention):  # smooth per pair of query and key, not as a whole
+            per = np.maximum(causal_pairs(asked["query_tokens"], asked["context_tokens"], op.window), 1e-9)
+            whole = causal_pairs(axes[0], axes[1], op.window)
+        weights = []
+        for corner in corners:
+            weight = np.ones(len(axes[0]))
+            for axis, side in enumerate(corner):
+                share = around[axis][2]
+                weight = weight * (share if side else 1.0 - share)
+            weights.append(weight)
+        weight, back = np.array(weights), back.reshape(len(corners), -1)
+
+        def mixed(values: FloatArray) -> FloatArray:
+            return np.asarray(whole * (weight * (values.reshape(-1) / per)[back]).sum(axis=0)).reshape(shape)
+
+        time = mixed(guess.time_s)
+        joules = mixed(guess.time_s * guess.power_w)
+        bound = roofline_bound(op, device)
+        time = np.maximum(time, bound)
+        return Prediction(
+            time,
+            np.where(time > 0, joules / np.where(time > 0, time, 1.0), device.idle_w).clip(0.0, device.tdp_w),
+            np.minimum(np.maximum(mixed(guess.low_s), bound), time),
+            np.maximum(mixed(guess.high_s), time),
+            guess.kind,
+            guess.source,
         )
+
+    # --- at sizes ---------------------------------------------------------------------------
+
+    def _at(self, op: Operator, device: Device) -> Prediction:
+        if isinstance(op, Collective):
+            return self._collective(op, device)
+        asked = None if isinstance(op, Elementwise) else _ask(op, device)
+        artifact, kind, doubt = self._artifact(asked, device) if asked else (None, "", 0.0)
         if asked is None or artifact is None:
             return self.fallback.predict(op, device)
-        time, low, high, outside = _times(artifact, asked, device, self.engine)
+        time, low, high, outside = _times(artifact, asked, device)
         bound = roofline_bound(op, device)
         time = np.where(bound > 0, np.maximum(time, bound), 0.0)
-        power = operator_power(op, device, time)
+        power = _power(op, asked, artifact, device, time)
         if self.sustained:
             time = time * sustained_factor(op, device, time)
-        low_s, high_s = np.maximum(time * low, bound), np.maximum(time * high, bound)
+        low_s = np.maximum(time * low * np.exp(-doubt), bound)
+        high_s = np.maximum(time * high * np.exp(doubt), bound)
         card = artifact.card
         source = (
             f"{card['key']} {artifact.id} on {card['data']}, held-out error {100 * card['mape']:.1f} %"
             + (", partly beyond the measured range" if outside else "")
         )
-        return Prediction(time, power, np.minimum(low_s, time), np.maximum(high_s, time), "learned", source)
+        return Prediction(time, power, np.minimum(low_s, time), np.maximum(high_s, time), kind, source)
+
+    def _artifact(self, asked: _Question, device: Device) -> tuple[Artifact | None, str, float]:
+        """(predictor, kind, doubt in log units): this device's, its twin's, or another engine's."""
+        ending = f"{asked.family}/{asked.dtype}"
+        own = find(f"{device.name}/{self.engine}/{ending}", device)
+        if own is not None:
+            return own, "learned", 0.0
+        if device.kernels_like:
+            twin = find(f"{device.kernels_like}/{self.engine}/{ending}", device, twin=True)
+            if twin is not None:
+                return twin, "transferred", _TWIN
+        form = closed_form(asked.family, device, self.engine, asked.dtype).fit
+        if form.device == device.name and form.engine != self.engine:
+            # Not measured under this engine: the closed form would be another engine's as well.
+            for engine in _ENGINES:
+                other = find(f"{device.name}/{engine}/{ending}", device)
+                if other is not None:
+                    return other, "transferred", _OTHER_ENGINE
+        for name in filter(None, (device.name, device.kernels_like)):
+            # The library that engines call for dense layers, measured by itself.
+            library = find(f"{name}/{_LIBRARY}/{ending}", device, twin=name != device.name)
+            if library is not None:
+                return library, "transferred", _TWIN
+        return None, "", 0.0
+
+    def _collective(self, op: Collective, device: Device) -> Prediction:
+        found = learned_collective(op, device, self.engine)
+        if found is None:
+            return self.fallback.predict(op, device)
+        seconds, low, high, kind, source = found
+        bound = roofline_bound(op, device)
+        time = np.where(bound > 0, np.maximum(seconds, bound), 0.0)
+        return Prediction(
+            time, operator_power(op, device, time), np.maximum(time * low, bound), time * high, kind, source
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,16 +218,21 @@ class _Question:
     query: FloatArray | None = None
     context: FloatArray | None = None
     trust: FloatArray | None = None
+    heads: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # heads, KV heads, dims, KV bytes a head
 
 
 def _ask(op: Operator, device: Device) -> _Question | None:
     """The operator's rows, or None for what no family describes."""
     if isinstance(op, Gemm):
-        if op.batch != 1:
-            return None
         m = array(op.m)
-        raw = columns("gemm", m=np.maximum(m, 1.0), n=op.n, k=op.k)
-        return _Question("gemm", format_key(device, op.weights, op.activations), raw, m.shape, m <= 0)
+        key = format_key(device, op.weights, op.activations)
+        if op.batch == 1:
+            raw = columns("gemm", m=np.maximum(m, 1.0), n=op.n, k=op.k)
+            return _Question("gemm", key, raw, m.shape, m <= 0)
+        if (op.n, op.k) not in ((MLA_LATENT, 128), (128, MLA_LATENT)):
+            return None
+        raw = columns("bmm", m=np.maximum(m, 1.0), n=op.n, k=op.k, batch=op.batch)
+        return _Question("bmm", key, raw, m.shape, m <= 0)
     if isinstance(op, GroupedGemm):
         if not op.gated:
             return None
@@ -182,50 +245,68 @@ def _ask(op: Operator, device: Device) -> _Question | None:
             "moe", format_key(device, op.weights, op.activations), raw, tokens.shape, tokens <= 0
         )
     if isinstance(op, PrefillAttention):
-        if op.latent or op.qk_dim != op.v_dim:
-            return None
-        query, context = np.broadcast_arrays(array(op.query_tokens), array(op.context_tokens))
-        shape = query.shape
-        asked, before = np.maximum(query.reshape(-1), 1.0), context.reshape(-1)
-        raw = columns(
-            "prefill", batch=1.0, query=np.sqrt(asked * asked + 2.0 * asked * before), heads=op.heads,
-            kv_heads=op.kv_heads, head_dim=op.qk_dim, window=float(op.window), kv_bytes=element_bytes(op.kv),
-        )  # fmt: skip
-        trust = np.where(before > 0, np.minimum(1.0, asked / _SHORT_CHUNK), 1.0)
-        return _Question("prefill", "any", raw, shape, query <= 0, asked, before, trust)
+        return _ask_prefill(op)
     if isinstance(op, DecodeAttention):
-        if op.latent or op.qk_dim != op.v_dim:
-            return None
         sequences, context = np.broadcast_arrays(array(op.sequences), array(op.context_tokens))
+        n, seen, kv = np.maximum(sequences, 1.0), np.maximum(context, 1.0), element_bytes(op.kv)
+        if op.latent:
+            if (op.qk_dim, op.v_dim) != (MLA_CACHED, MLA_LATENT) or op.window:
+                return None
+            raw = columns("mla_decode", sequences=n, context=seen, heads=op.heads, kv_bytes=kv)
+            return _Question("mla_decode", "any", raw, sequences.shape, sequences <= 0)
+        if op.qk_dim != op.v_dim:
+            return None
         raw = columns(
-            "decode", sequences=np.maximum(sequences, 1.0), context=np.maximum(context, 1.0), heads=op.heads,
-            kv_heads=op.kv_heads, head_dim=op.qk_dim, window=float(op.window), kv_bytes=element_bytes(op.kv),
+            "decode", sequences=n, context=seen, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.qk_dim,
+            window=float(op.window), kv_bytes=kv,
         )  # fmt: skip
         return _Question("decode", "any", raw, sequences.shape, sequences <= 0)
     return None
 
 
+def _ask_prefill(op: PrefillAttention) -> _Question | None:
+    query, context = np.broadcast_arrays(array(op.query_tokens), array(op.context_tokens))
+    shape, kv = query.shape, element_bytes(op.kv)
+    asked, before = np.maximum(query.reshape(-1), 1.0), context.reshape(-1)
+    alike = np.sqrt(asked * asked + 2.0 * asked * before)
+    trust = np.where(before > 0, np.minimum(1.0, asked / _SHORT_CHUNK), 1.0)
+    wide = op.qk_dim + op.v_dim
+    heads = (float(op.heads), float(op.kv_heads), float(wide), wide * kv)
+    if (op.qk_dim, op.v_dim, op.kv_heads) == (MLA_HEAD, MLA_VALUE, op.heads) and not op.window:
+        raw = columns("mla_prefill", batch=1.0, query=alike, heads=op.heads, kv_bytes=kv)
+        return _Question("mla_prefill", "any", raw, shape, query <= 0, asked, before, trust, heads)
+    if op.latent or op.qk_dim != op.v_dim:
+        return None
+    raw = columns(
+        "prefill", batch=1.0, query=alike, heads=op.heads, kv_heads=op.kv_heads, head_dim=op.qk_dim,
+        window=float(op.window), kv_bytes=kv,
+    )  # fmt: skip
+    return _Question("prefill", "any", raw, shape, query <= 0, asked, before, trust, heads)
+
+
 def _times(
-    artifact: Artifact, asked: _Question, device: Device, engine: str
+    artifact: Artifact, asked: _Question, device: Device
 ) -> tuple[FloatArray, FloatArray, FloatArray, bool]:
     """Seconds, and the factors of the interval's ends; whether any row lies beyond what was measured."""
-    near = np.clip(asked.raw, artifact.low, artifact.high)
-    batch = make_batch(asked.family, near, device, engine, asked.dtype, artifact.choice)
+    engine = str(artifact.card["engine"])
+    batch = make_batch(asked.family, asked.raw, device, engine, asked.dtype, artifact.choice)
     base = batch.base_s
+    near = np.clip(asked.raw, artifact.low, artifact.high)
     outside = near != asked.raw
-    if outside.any():
-        base = make_batch(asked.family, asked.raw, device, engine, asked.dtype, artifact.choice).base_s
-    residual = artifact.trees.predict(batch.features)
-    # A window where none was measured (or the other way round) is one kind of kernel away, not octaves.
+    # A kind of kernel that was never measured is told of best by the closed form alone.
+    alike = known(artifact.kinds, asked.raw)
+    residual = np.where(alike, artifact.trees.predict(batch.features), 0.0)
     octaves = np.abs(np.log2(np.maximum(asked.raw, 0.5) / np.maximum(near, 0.5)))
     far = np.minimum(octaves, _MOST_OCTAVES).sum(axis=1) * _BEYOND
-    low, high = artifact.interval[time_class(base)].T
+    low, high = artifact.bounds(batch.features, base)
+    far = far + np.where(alike, 0.0, _UNLIKE)
     low, high = low - far, high + far
     if asked.query is not None and asked.context is not None and asked.trust is not None:
-        _, _, heads, kv_heads, dim, window, kv_bytes = asked.raw.T
+        heads, kv_heads, wide, kv_bytes = asked.heads
+        window = asked.raw[:, 5] if asked.family == "prefill" else 0.0
         base = prefill_time(
-            artifact.choice.fit.values, asked.query, asked.context, 1.0, heads, kv_heads, 2.0 * dim, window,
-            2.0 * dim * kv_bytes, rates_of(device, asked.family, asked.dtype),
+            artifact.choice.fit.values, asked.query, asked.context, 1.0, heads, kv_heads, wide, window,
+            kv_bytes, rates_of(device, asked.family, asked.dtype),
         )  # fmt: skip
         residual = residual * asked.trust
         doubt = np.where(asked.context > 0, 0.1 + 0.3 * (1.0 - asked.trust), 0.0)
@@ -233,7 +314,29 @@ def _times(
     seconds = (base * np.exp(residual)).reshape(asked.shape)
     return (
         np.where(asked.empty, 0.0, seconds),
-        np.exp(low).reshape(asked.shape),
-        np.exp(high).reshape(asked.shape),
-        bool(outside.any()),
+        np.exp(np.minimum(low, 0.0)).reshape(asked.shape),
+        np.exp(np.maximum(high, 0.0)).reshape(asked.shape),
+        bool(outside.any() or not alike.all()),
     )
+
+
+def _power(
+    op: Operator, asked: _Question, artifact: Artifact, device: Device, time: FloatArray
+) -> FloatArray:
+    """[shape] watts while the kernel runs."""
+    closed = operator_power(op, device, time)
+    if asked.family not in ("gemm", "prefill", "decode", "moe"):
+        return closed
+    found = speaker(device, asked.family, asked.dtype)
+    if found is None:
+        return closed
+    engine = str(found.card["engine"])
+    batch = make_batch(asked.family, asked.raw, device, engine, asked.dtype, found.choice)
+    seconds = time.reshape(-1)
+    bound = bound_s(asked.family, asked.raw, device, asked.dtype)
+    if asked.query is not None:  # with cached tokens: the bound of the very chunk
+        bound = roofline_bound(op, device).reshape(-1)
+    watts = learned_power(
+        found, asked.family, power_features(batch, seconds, bound), seconds, device, closed.reshape(-1)
+    )
+    return watts.reshape(asked.shape)

@@ -1,7 +1,9 @@
 """What a kernel's cost depends on, as columns: the same for a measured row and for an operator.
 
-A `Batch` is one family's rows: raw columns [n] in a fixed order, the closed form's seconds for each (what
-the trees correct), and features [n, f] made of both. Training and prediction meet only here.
+A `Batch` is one family's rows: raw columns [n] in a fixed order, seconds of a closed form for each (what the
+trees correct), and features [n, f] made of both. Training and prediction meet only here. GEMMs are corrected
+from the geometric mean of their closed form and the roofline: it errs less on matrices never measured than
+either of them.
 
 Features are physics, mostly as logarithms to base 2: sizes, FLOPs, bytes, arithmetic intensity, the two
 roofline times and their ratio, how the work falls into tiles and waves over the SMs, alignment (powers of
@@ -31,6 +33,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "prefill": ("batch", "query", "heads", "kv_heads", "head_dim", "window", "kv_bytes"),
     "decode": ("sequences", "context", "heads", "kv_heads", "head_dim", "window", "kv_bytes"),
     "moe": ("tokens", "hidden", "intermediate", "experts", "local_experts", "top_k"),
+    "mla_prefill": ("batch", "query", "heads", "kv_bytes"),
+    "mla_decode": ("sequences", "context", "heads", "kv_bytes"),
+    "bmm": ("m", "n", "k", "batch"),
 }
 FAMILIES = tuple(COLUMNS)
 
@@ -47,10 +52,16 @@ FORMATS: Mapping[str, tuple[float, float, str]] = {
     "fp4_a8": (BYTES_PER_ELEMENT["fp4"], 1.0, "fp8"),
 }
 
-FEATURES_VERSION = 1
+#: Latent attention as DeepSeek V2 to V3, Kimi K2 and others have it, and as it was measured: sizes of a
+#: head's queries and keys, of its values, of the cached latent vector, and of its part that holds the values.
+MLA_HEAD, MLA_VALUE, MLA_CACHED, MLA_LATENT = 192, 128, 576, 512
+
+FEATURES_VERSION = 2
 #: Upper edges of the base time's classes, s: intervals differ between them.
 TIME_CLASSES = (20e-6, 100e-6, 500e-6, np.inf)
 _TINY = 1e-12
+#: Seconds that starting a kernel costs at the least, beside its roofline.
+_START_S = 2e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,12 +85,13 @@ def make_batch(
 
 def closed_form(family: str, device: Device, engine: str, dtype: str) -> Choice:
     """The closed form that a family's learned correction stands on."""
-    return choose(device, engine, family, dtype if family in ("gemm", "moe") else "bf16")
+    form = "gemm" if family == "bmm" else family
+    return choose(device, engine, form, dtype if form in ("gemm", "moe") else "bf16")
 
 
 def rates_of(device: Device, family: str, dtype: str) -> Rates:
     """The device's own peaks for a family's arithmetic."""
-    arithmetic = FORMATS[dtype][2] if family in ("gemm", "moe") else "bf16"
+    arithmetic = FORMATS[dtype][2] if family in ("gemm", "moe", "bmm") else "bf16"
     if arithmetic == "bf16" and "bf16" not in device.peak_flops_per_s:
         arithmetic = "fp16"
     return Rates(
@@ -92,6 +104,11 @@ def bound_s(family: str, raw: FloatArray, device: Device, dtype: str) -> FloatAr
     rates = rates_of(device, family, dtype)
     work, moved = _WORK[family](raw, dtype)
     return np.maximum(work / rates.peak, moved / rates.bandwidth)
+
+
+def work_of(family: str, raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
+    """(FLOPs, bytes) [n] of raw rows."""
+    return _WORK[family](raw, dtype)
 
 
 def time_class(base_s: FloatArray) -> npt.NDArray[np.intp]:
@@ -147,8 +164,9 @@ def _gemm_work(raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
 def _gemm(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice) -> _Made:
     m, n, k = raw.T
     weight, act, _ = FORMATS[dtype]
-    base = gemm_time(fit.fit.values, m, n, k, 1, weight, act, rates)
+    form = gemm_time(fit.fit.values, m, n, k, 1, weight, act, rates)
     work, moved = _gemm_work(raw, dtype)
+    base = np.sqrt(form * (np.maximum(work / rates.peak, moved / rates.bandwidth) + _START_S))
     rows = [_log(m), _log(n), _log(k), _log(n * k), _log(m * n), _log(m * k), _log(n / k)]
     rows += _roof(work, moved, rates, base, device.l2_bytes)
     rows += [_twos(m), _twos(n), _twos(k)]
@@ -245,18 +263,103 @@ def _moe(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice)
     return base, rows
 
 
+def _bmm_work(raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
+    m, n, k, batch = raw.T
+    weight, act, _ = FORMATS[dtype]
+    return 2.0 * m * n * k * batch, batch * (n * k * weight + m * k * act + 2.0 * m * n)
+
+
+def _bmm(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice) -> _Made:
+    m, n, k, batch = raw.T
+    weight, act, _ = FORMATS[dtype]
+    base = gemm_time(fit.fit.values, m, n, k, batch, weight, act, rates)
+    work, moved = _bmm_work(raw, dtype)
+    rows = [_log(m), _log(batch), n, _log(m * batch), _twos(m)]
+    rows += _roof(work, moved, rates, base, device.l2_bytes)
+    for a, b in ((64, 64), (128, 128)):
+        blocks = batch * np.ceil(m / a) * np.ceil(n / b) / rates.units
+        rows += [_log(blocks), blocks / np.ceil(blocks)]
+    return base, rows
+
+
+def _mla_prefill_work(raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
+    batch, q, heads, kv_bytes = raw.T
+    wide = float(MLA_HEAD + MLA_VALUE)
+    return batch * heads * q * (q + 1.0) * wide, batch * q * heads * wide * (2.0 + kv_bytes)
+
+
+def _mla_prefill(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice) -> _Made:
+    batch, q, heads, kv_bytes = raw.T
+    wide = float(MLA_HEAD + MLA_VALUE)
+    base = prefill_time(fit.fit.values, q, 0.0, batch, heads, heads, wide, 0.0, wide * kv_bytes, rates)
+    work, moved = _mla_prefill_work(raw, dtype)
+    rows = [_log(batch), _log(q), _log(heads), _log(batch * q), _log(batch * heads), kv_bytes, _twos(q)]
+    rows += _roof(work, moved, rates, base, device.l2_bytes)
+    for tile in (64, 128):
+        blocks = batch * heads * np.ceil(q / tile) / rates.units
+        rows += [_log(blocks), blocks / np.ceil(blocks)]
+    return base, rows
+
+
+def _mla_decode_work(raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
+    n, context, heads, kv_bytes = raw.T
+    wide = float(MLA_CACHED + MLA_LATENT)
+    return 2.0 * n * heads * context * wide, n * (context * MLA_CACHED * kv_bytes + 2.0 * heads * wide)
+
+
+def _mla_decode(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice) -> _Made:
+    n, context, heads, kv_bytes = raw.T
+    wide = float(MLA_CACHED + MLA_LATENT)
+    base = decode_time(fit.fit.values, n, context, heads, 1.0, wide, 0.0, MLA_CACHED * kv_bytes, rates)
+    work, moved = _mla_decode_work(raw, dtype)
+    rows = [_log(n), _log(context), _log(heads), _log(n * context), _log(n * heads), kv_bytes]
+    rows += [_twos(context), _twos(n)]
+    rows += _roof(work, moved, rates, base, device.l2_bytes)
+    for blocks in (n * np.ceil(heads / 64.0), n * np.ceil(heads / 64.0) * np.ceil(context / 256.0)):
+        rows += [_log(blocks / rates.units), blocks / rates.units / np.ceil(blocks / rates.units)]
+    return base, rows
+
+
 _MAKERS: Mapping[str, Callable[[FloatArray, Device, Rates, str, Choice], _Made]] = {
     "gemm": _gemm,
     "prefill": _prefill,
     "decode": _decode,
     "moe": _moe,
+    "mla_prefill": _mla_prefill,
+    "mla_decode": _mla_decode,
+    "bmm": _bmm,
 }
 _WORK: Mapping[str, Callable[[FloatArray, str], tuple[FloatArray, FloatArray]]] = {
     "gemm": _gemm_work,
     "prefill": _prefill_work,
     "decode": _decode_work,
     "moe": _moe_work,
+    "mla_prefill": _mla_prefill_work,
+    "mla_decode": _mla_decode_work,
+    "bmm": _bmm_work,
 }
+
+
+def kinds_of(family: str, raw: FloatArray) -> FloatArray:
+    """[kinds, 4] of attention's rows: with a window (1) or without (0), KV bytes an element, least and
+    greatest head size. Kernels differ between kinds, and no kind tells of another; [0, 4] elsewhere."""
+    if family not in ("prefill", "decode"):
+        return np.zeros((0, 4))
+    windowed, kv_bytes, dim = raw[:, 5] > 0, raw[:, 6], raw[:, 4]
+    found = []
+    for a, b in np.unique(np.column_stack([windowed, kv_bytes]), axis=0):
+        own = dim[(windowed == a) & (kv_bytes == b)]
+        found.append([a, b, own.min(), own.max()])
+    return np.array(found)
+
+
+def known(kinds: FloatArray, raw: FloatArray) -> npt.NDArray[np.bool_]:
+    """[n] whether a row is of one of `kinds` (all are, where there are none)."""
+    if not len(kinds):
+        return np.ones(len(raw), dtype=bool)
+    windowed, kv_bytes, dim = raw[:, 5, None] > 0, raw[:, 6, None], raw[:, 4, None]
+    a, b, low, high = kinds.T
+    return np.asarray(((windowed == a) & (kv_bytes == b) & (dim >= low) & (dim <= high)).any(axis=1))
 
 
 def columns(family: str, **values: object) -> FloatArray:

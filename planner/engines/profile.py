@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 from costmodels.table import HostOverhead
@@ -67,6 +68,8 @@ class EngineProfile:
     host: HostOverhead
     request_s: float
     request_per_token_s: float
+    # Measured / predicted of whole runs, (5th, 95th percentile) by metric: what kernels' intervals leave out.
+    run_error: Mapping[str, tuple[float, float]]
     memory: MemoryConstants
     source: str
 
@@ -175,7 +178,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                 f"{path}.version",
                 f"{engine} {version} is older than {item['since']}, the oldest version that is described",
             )
-    host = _document()["host"][engine]
+    host = _document()["host"][item.get("host", engine)]
     return EngineProfile(
         engine=engine,
         version=item["version"],
@@ -207,6 +210,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
         ),
         request_s=host["request_s"],
         request_per_token_s=host["request_per_token_s"],
+        run_error=MappingProxyType({name: tuple(host[f"{name}_error"]) for name in ("tpot", "ttft")}),
         memory=MemoryConstants(**_document()["memory"]),
         source=item["source"],
     )
@@ -216,7 +220,7 @@ def engine_rows() -> list[dict[str, Any]]:
     """What `planfront catalog engines` lists: one plain dict per profile."""
     rows: list[dict[str, Any]] = []
     for engine in sorted({item["engine"] for item in _document()["profile"]}):
-        host = _document()["host"][engine]
+        hosts = _document()["host"]
         rows += [
             {
                 "name": f"{engine}-{item['version']}",
@@ -230,8 +234,8 @@ def engine_rows() -> list[dict[str, Any]]:
                 "memory_rule": item["memory_rule"],
                 "memory_fraction": item.get("memory_fraction"),
                 "defaults_by_memory": item["tiers"],
-                "host_s": {key: value for key, value in host.items() if key != "source"},
-                "host_source": host["source"],
+                "host_s": {k: v for k, v in hosts[item.get("host", engine)].items() if k != "source"},
+                "host_source": hosts[item.get("host", engine)]["source"],
                 "source": item["source"],
             }
             for item in _profiles(engine)

@@ -32,11 +32,14 @@ class Artifact:
     notes: tuple[str, ...] = ()
 
     def text(self) -> str:
-        """All files in one text, notes first as comments."""
+        """All files in one text, notes first as comments (after the line that names the interpreter)."""
         parts = [f"# {note}" for note in self.notes]
         for name, content in self.files.items():
             if len(self.files) > 1:
                 parts.append(f"# --- {name}")
+            elif content.startswith("#!"):
+                first, content = content.split("\n", 1)
+                parts.insert(0, first)
             parts.append(content.rstrip())
         return "\n".join(parts) + "\n"
 

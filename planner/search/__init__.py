@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hardware import InputError
 from planner.plans import PlanSpace
-from planner.search.base import Judged, Outcome, Progress, Rejected, Searcher
+from planner.search.base import Judged, Outcome, Progress, Rejected, Searcher, Support
 from planner.search.cpsat import CpSatSearch
 from planner.search.exhaustive import ExhaustiveSearch
 from planner.search.mcts import MctsSearch
@@ -19,8 +19,11 @@ SEARCHERS: dict[str, Callable[[], Searcher]] = {
 }
 
 
-#: What one simulated request, one plan and one new shape cost, s; measured on one core, rounded up.
-_REQUEST_S, _PLAN_S, _SHAPE_S = 2e-6, 1e-3, 2e-2
+#: What one simulated request, one simulated plan, one bounded plan and one new shape cost, s; measured on one
+#: core, rounded up.
+_REQUEST_S, _PLAN_S, _BOUND_S, _SHAPE_S = 2e-6, 1e-3, 1.2e-4, 2e-2
+#: Share of the budget up to which bounds of all plans are worth their time.
+_BOUND_SHARE = 0.55
 
 
 def choose_searcher(
@@ -34,8 +37,9 @@ def choose_searcher(
 ) -> tuple[Searcher, str]:
     """The searcher of a method, and why `auto` took it ("" for a method that was named).
 
-    `auto` takes the certified exhaustive search where it should end within the budget, else tree search.
-    """  # fmt: skip
+    `auto` takes the exhaustive search where it should end within the budget, and where bounds of all
+    plans leave time to simulate the best of them (then it knows its gap); else tree search.
+    """
     if method != "auto":
         if method not in SEARCHERS:
             known = ", ".join(["auto", *SEARCHERS])
@@ -47,10 +51,13 @@ def choose_searcher(
     plans = sum(
         len(space.batching(space.cluster.pool(layout.pool), layout.degrees)) for layout, _ in space.groups
     )
-    needed_s = shapes * _SHAPE_S + plans * (_PLAN_S + requests * _REQUEST_S) / workers
+    bounds_s = shapes * _SHAPE_S + plans * _BOUND_S
+    needed_s = bounds_s + plans * (_PLAN_S + requests * _REQUEST_S) / workers
     if needed_s <= budget_s:
         return ExhaustiveSearch(), f"all {plans:,} plans take about {needed_s:.0f} s at most"
     why = f"all {plans:,} plans would take up to {needed_s:.0f} s, the budget is {budget_s:g} s"
+    if bounds_s <= _BOUND_SHARE * budget_s:
+        return ExhaustiveSearch(), f"{why}; bounds of all take about {bounds_s:.0f} s, the best come first"
     return MctsSearch(), why
 
 
@@ -63,6 +70,7 @@ __all__ = [
     "Progress",
     "Rejected",
     "Searcher",
+    "Support",
     "choose_searcher",
     "front_of",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from planner.evaluate import Evaluation, Evaluator
 from planner.objectives import SloMiss
 from planner.plans import PlanPoint, PlanSpace
+from planner.search.gap import Gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,25 @@ class Outcome:
     certified: bool
     wall_s: float
     reason: str = ""
+    #: What plans that were not looked at could still add; closed when certified.
+    gap: Gap | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What a search may lean on; nothing of it changes what a finished search finds.
+
+    `backend` says who evaluates (see `planner.search.pool`). `checkpoint` is called now and then, and at the
+    end, with the plans simulated since the last call, as plain JSON values; a search that gets all of them
+    as `resume` goes the same way again without simulating them anew, and on from where it was cut off.
+    `race` orders plans by short runs first where the traffic is long enough (see `planner.search.race`).
+    """
+
+    backend: str = "auto"
+    checkpoint: Callable[[dict[str, Any]], None] | None = None
+    resume: Sequence[Mapping[str, Any]] = ()
+    race: bool = True
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -103,6 +122,7 @@ class Searcher(Protocol):
         progress: ProgressCallback | None = None,
         cancelled: Callable[[], bool] | None = None,
         workers: int = 1,
+        support: Support | None = None,
     ) -> Outcome:
         """Search `space`; never raises for plans that cannot run, they are `rejected`."""
         ...

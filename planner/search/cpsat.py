@@ -19,7 +19,7 @@ from hardware import InputError
 from planner.evaluate import Evaluator
 from planner.pareto import normalise
 from planner.plans import PlanSpace
-from planner.search.base import Clock, Outcome, ProgressCallback
+from planner.search.base import Clock, Outcome, ProgressCallback, Support
 from planner.search.run import EQUAL, Candidates, SearchRun
 
 #: Beyond so many plans that can run, a programme with one Boolean each is the wrong tool.
@@ -47,21 +47,30 @@ class CpSatSearch:
         progress: ProgressCallback | None = None,
         cancelled: Callable[[], bool] | None = None,
         workers: int = 1,
+        support: Support | None = None,
     ) -> Outcome:
         """See `Searcher.search`. Raises InputError when more than `MOST_PLANS` plans can run."""
         start = clock()
-        run = SearchRun(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
+        run = SearchRun(
+            evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled,
+            seed=seed, workers=workers, support=support,
+        )  # fmt: skip
         candidates = run.collect(seed)
-        if len(candidates.points) > MOST_PLANS:
+        if len(candidates.items) > MOST_PLANS:
             raise InputError(
                 "search.method",
                 f"cp-sat takes up to {MOST_PLANS:,} plans that can run, this space has "
-                f"{len(candidates.points):,}; use mcts or exhaustive",
+                f"{len(candidates.items):,}; use mcts or exhaustive",
             )
-        order = {point.id: index for index, point in enumerate(candidates.points)}
+        return self._solve(run, candidates, seed)
+
+    def _solve(self, run: SearchRun, candidates: Candidates, seed: int) -> Outcome:
+        order = {item.point.id: index for index, item in enumerate(candidates.items)}
         run.order = lambda item: order[item.point.id]
-        if candidates.points:
-            _Programme(run, candidates, seed).solve()
+        if candidates.items:
+            with run:
+                _Programme(run, candidates, seed).solve()
+                return run.outcome(self.name)
         return run.outcome(self.name)
 
 
@@ -84,7 +93,8 @@ class _Programme:
 
     def solve(self) -> None:
         """Ask, simulate, exclude; until nothing is left or the budget is."""
-        run, points = self.run, self.candidates.points
+        run = self.run
+        points = [item.point for item in self.candidates.items]
         while not run.stop(done=len(run.judged)):
             asked = self._best()
             if not asked:
@@ -122,17 +132,20 @@ class _Programme:
         return sorted(found, key=lambda i: int(self.score[i]))
 
     def _clauses(self, model: Any, index: int, literal: Any) -> None:
-        """For every point of the front, one objective at least in which the plan's bound is better.
+        """For every point of the front, an objective at least in which a piece of the plan's bound is better.
 
         A plan that could only equal a point is kept when it comes first, so that of equal plans the front
         always holds the first.
         """
-        run, bound = self.run, self.candidates.bounds[index]
-        slack = EQUAL * np.abs(bound)
-        for values, item in zip(run.front_values, run.incumbents, strict=True):
-            better = bound + slack < values
-            equal = bool(np.all(np.abs(values - bound) <= slack))
-            if equal and run.order is not None and index < run.order(item):
-                continue
-            # The clause over constants: each term is known, so it is either void or forbids the plan.
-            model.add_bool_or([literal.negated(), *([model.new_constant(1)] if better.any() else [])])
+        run, item = self.run, self.candidates.items[index]
+        # Of plans with equal values the front keeps the first.
+        before = [run.order is not None and index < run.order(found) for found in run.incumbents]
+        first = np.array(before, dtype=np.bool_)
+        for piece in item.pieces:
+            slack = EQUAL * np.abs(piece)
+            better = (piece + slack < run.front_values).any(axis=1)
+            equal = (np.abs(run.front_values - piece) <= slack).all(axis=1)
+            if bool((better | (equal & first)).all()):
+                return
+        # The clause over constants: no piece of the bound is left, which forbids the plan.
+        model.add(literal == 0)

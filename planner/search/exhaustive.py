@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from planner.evaluate import Evaluator
 from planner.plans import PlanSpace
-from planner.search.base import Clock, Outcome, ProgressCallback
+from planner.search.base import Clock, Outcome, ProgressCallback, Support
 from planner.search.run import SearchRun
 
 
@@ -41,10 +41,15 @@ class ExhaustiveSearch:
         progress: ProgressCallback | None = None,
         cancelled: Callable[[], bool] | None = None,
         workers: int = 1,
+        support: Support | None = None,
     ) -> Outcome:
         """See `Searcher.search`."""
         start = clock()
-        run = SearchRun(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
-        candidates = run.collect(seed)
-        run.simulate(candidates, prune=self.prune, workers=workers)
-        return run.outcome(self.name)
+        run = SearchRun(
+            evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled,
+            seed=seed, workers=workers, support=support,
+        )  # fmt: skip
+        with run:
+            candidates = run.collect(seed)
+            run.simulate(candidates, prune=self.prune)
+            return run.outcome(self.name)

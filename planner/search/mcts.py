@@ -11,6 +11,9 @@ off the space itself, so that a decision that a space learns later is one more l
 * Bounds are optimistic, and not alike for all objectives. What simulations below a node were above their
   bounds on average corrects the bounds of its other plans; a plan so estimated to lie behind the front is
   put off.
+* Every other plan is not a descent's but the most likely one of all plans that the tree has looked at, by
+  a regression over what was simulated (`Ranks`); in a small space the tree looks at all of them first. The
+  first are those that the bounds make the best in one objective.
 * A simulated plan is rewarded by what it adds to the front: its additive epsilon distance (Zitzler et al.,
   IEEE TEVC 2003) ahead of the front, or behind it.
 * A plan whose bound a simulated plan already beats is left out, as in the exhaustive search; a tree that is
@@ -24,7 +27,6 @@ its results is known, so that a seed and a number of workers decide the whole se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil, exp, sqrt
 from typing import Any
@@ -34,7 +36,8 @@ import numpy.typing as npt
 
 from planner.evaluate import Evaluator
 from planner.plans import PlanPoint, PlanSpace
-from planner.search.base import Clock, Judged, Outcome, ProgressCallback
+from planner.search.base import Clock, Judged, Outcome, ProgressCallback, Support
+from planner.search.rank import Bound, Ranks
 from planner.search.run import EQUAL, SearchRun, rounded
 
 FloatArray = npt.NDArray[np.float64]
@@ -53,15 +56,28 @@ _SHRINK = 30.0
 _DOUBT = 0.3
 #: Plans of a group that are gated and bounded at a time.
 _LOOK = 8
+#: Spaces up to this many plans are looked at whole first, for this share of the budget at most.
+_SMALL, _LOOK_SHARE = 6000, 0.3
+#: Plans ranked at a time, at the most.
+_QUEUE = 16
 
 
 @dataclass(slots=True, eq=False)
 class _Leaf:
     """A plan that passed the gates. `place` is its place in the space's own order."""
 
-    point: PlanPoint
-    bound: FloatArray
+    item: Bound
     place: tuple[int, int]
+
+    @property
+    def point(self) -> PlanPoint:
+        """The plan."""
+        return self.item.point
+
+    @property
+    def bound(self) -> FloatArray:
+        """[m] optimistic values."""
+        return self.item.vector
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +107,7 @@ class _Node:
     drift: FloatArray | None = None
     done: bool = False
     opened: list[_Node] = field(default_factory=list)
+    by_part: dict[Any, _Node] = field(default_factory=dict)
 
 
 class MctsSearch:
@@ -116,15 +133,20 @@ class MctsSearch:
         progress: ProgressCallback | None = None,
         cancelled: Callable[[], bool] | None = None,
         workers: int = 1,
+        support: Support | None = None,
     ) -> Outcome:
         """See `Searcher.search`."""
         start = clock()
-        run = SearchRun(evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled)
+        run = SearchRun(
+            evaluator, space, tuple(objectives), clock, start, budget_s, progress, cancelled,
+            seed=seed, workers=workers, support=support,
+        )  # fmt: skip
         tree = _Tree(run, seed, workers, self.max_evaluations)
         run.order = tree.place
-        tree.grow()
-        outcome = run.outcome(self.name)
-        outcome.statistics = {"nodes": tree.nodes, "descents": tree.descents}
+        with run:
+            tree.grow()
+            outcome = run.outcome(self.name)
+        outcome.statistics |= {"nodes": tree.nodes, "descents": tree.descents}
         return outcome
 
 
@@ -132,7 +154,7 @@ class _Tree:
     """The tree, its rewards, and what of the space it has used up."""
 
     def __init__(self, run: SearchRun, seed: int, workers: int, limit: int | None) -> None:
-        self.run, self.workers, self.limit = run, max(1, workers), limit
+        self.run, self.batch, self.limit = run, max(1, workers), limit
         self.rng = np.random.default_rng(seed)
         self.paths = [_path(layout, formats) for layout, formats in run.space.groups]
         self.depth = max((len(path) for path in self.paths), default=0)
@@ -143,6 +165,10 @@ class _Tree:
         self.gated: dict[int, _Group] = {}
         self.hopeless: list[tuple[PlanPoint, float, tuple[int, int]]] = []
         self.nodes = self.descents = 0
+        self.ranks = Ranks(run.objectives, seed)
+        self.open: dict[PlanPoint, _Leaf] = {}
+        self.queue: list[PlanPoint] = []
+        self.turn = 0
 
     def place(self, item: Judged) -> tuple[int, int]:
         """Where a simulated plan stands in the space's own order."""
@@ -154,37 +180,91 @@ class _Tree:
         """Descend, simulate, learn, until the tree, the budget or the limit is used up."""
         run = self.run
         run.exclude()
-        if self.workers == 1:
-            self._loop(lambda points: [run.evaluate(point) for point in points])
-        else:
-            with ThreadPoolExecutor(self.workers) as pool:
-                self._loop(lambda points: list(pool.map(run.evaluate, points)))
+        if len(run.space) <= _SMALL:
+            for index in range(len(self.paths)):
+                if run.stop(_LOOK_SHARE, done=len(self.open)):
+                    run.complete, run.reason = True, ""  # the tree goes on with what it has looked at
+                    break
+                self._look(self._group(index), len(self._group(index).rest))
+        self._loop()
         if self.root.done and run.complete:
             self.hopeless.sort(key=lambda row: (row[1], row[2]))
             run.nearest([(point, distance) for point, distance, _ in self.hopeless])
 
-    def _loop(self, evaluate: Callable[[list[PlanPoint]], list[Judged]]) -> None:
+    def _loop(self) -> None:
         run = self.run
         while not self.root.done and not run.stop(done=len(run.judged)):
-            room = self.workers if self.limit is None else min(self.workers, self.limit - len(run.judged))
+            room = self.batch if self.limit is None else min(self.batch, self.limit - len(run.judged))
             if room <= 0:
                 run.complete, run.reason = False, f"stopped after {len(run.judged)} simulations"
                 return
             batch: list[tuple[_Node, _Leaf]] = []
             while len(batch) < room and not self.root.done:
-                found = self._descend()
-                if found is None:
+                taken = self._next()
+                if taken is None:
                     if run.stop(done=len(run.judged) + len(batch)):
                         break
                     continue
-                batch.append(found)
-                self._visit(found[0], +1)
+                batch.append(taken)
+                self._visit(taken[0], +1)
             if not batch:
                 continue
-            for (node, leaf), item in zip(batch, evaluate([leaf.point for _, leaf in batch]), strict=True):
+            found = run.evaluate_all([leaf.point for _, leaf in batch])
+            for (node, leaf), item in zip(batch, found, strict=True):
                 self._visit(node, -1)
                 self._learn(node, self._reward(item), _drift(item, leaf.bound))
                 run.keep(item)
+
+    # --- the most likely plan ------------------------------------------------------------------
+
+    def _next(self) -> tuple[_Node, _Leaf] | None:
+        """A plan to simulate: by turns the most likely one that is known, and one of a descent."""
+        self.turn += 1
+        if self.turn % 2 or not self.open:
+            return self._likely() or self._descend()
+        return self._descend()
+
+    def _likely(self) -> tuple[_Node, _Leaf] | None:
+        if not self.open:
+            return None
+        run = self.run
+        if not self.queue:
+            points = list(self.open)
+            if not run.incumbents:
+                vectors = np.array([self.open[point].bound for point in points])
+                best = [int(column.argmin()) for column in vectors.T]
+                scaled = (vectors - vectors.min(axis=0)) / np.maximum(np.ptp(vectors, axis=0), 1e-300)
+                best.append(int(scaled.sum(axis=1).argmin()))
+                self.queue = [points[index] for index in dict.fromkeys(best)][::-1]
+            else:
+                self.ranks.extend(run.known[len(self.ranks.items) :])
+                left = np.array([self.ranks.at[point] for point in points])
+                order = np.argsort(self.ranks.scores(left, run.judged, run.front_values), kind="stable")
+                # Few at a time while simulations are few: each teaches the most then.
+                count = max(1, min(_QUEUE, len(run.judged) // 16))
+                self.queue = [points[index] for index in order[:count]][::-1]
+        while self.queue:
+            leaf = self.open.pop(self.queue.pop(), None)
+            if leaf is None:
+                continue
+            group = self.gated[leaf.place[0]]
+            group.leaves.remove(leaf)
+            node = self._node_of(leaf.place[0])
+            if self._beaten(leaf):
+                run.bounded += 1
+                continue
+            if node.left is not None:
+                node.left -= 1
+                self._finish(node)
+            return node, leaf
+        return None
+
+    def _node_of(self, group: int) -> _Node:
+        """The deepest node that a group has so far."""
+        node, path = self.root, self.paths[group]
+        while node.children is not None:
+            node = node.by_part[path[node.level] if node.level < len(path) else None]
+        return node
 
     # --- one descent --------------------------------------------------------------------------
 
@@ -284,7 +364,8 @@ class _Tree:
         for group in node.groups:
             path = self.paths[group]
             parts.setdefault(path[node.level] if node.level < len(path) else None, []).append(group)
-        node.children = [_Node(node.level + 1, groups, node) for groups in parts.values()]
+        node.by_part = {part: _Node(node.level + 1, groups, node) for part, groups in parts.items()}
+        node.children = list(node.by_part.values())
         self.nodes += len(node.children)
 
     def _group(self, index: int) -> _Group:
@@ -307,13 +388,16 @@ class _Tree:
         passed, rejected = run.gate_points(places)
         run.rejected += rejected
         run.rejected_plans += sum(item.plans for item in rejected)
-        for point, bound, distance in passed:
+        for item in passed:
+            point, bound = item.point, item.vector
             self.low, self.high = np.minimum(self.low, bound), np.maximum(self.high, bound)
             group.bounds.append(bound)
-            if distance > EQUAL:
-                self.hopeless.append((point, distance, places[point]))
+            if item.distance > EQUAL:
+                self.hopeless.append((point, item.distance, places[point]))
             else:
-                group.leaves.append(_Leaf(point, bound, places[point]))
+                leaf = _Leaf(item, places[point])
+                group.leaves.append(leaf)
+                self.open[point] = leaf
         run.tell("tree search")
 
     def _take(self, node: _Node, weights: FloatArray) -> _Leaf | None:
@@ -328,6 +412,9 @@ class _Tree:
                 self._look(group, _LOOK)
             kept = [leaf for leaf in group.leaves if not self._beaten(leaf)]
             self.run.bounded += len(group.leaves) - len(kept)
+            for leaf in group.leaves:
+                if not any(leaf is other for other in kept):
+                    self.open.pop(leaf.point, None)
             group.leaves = kept
             alive += [(group, leaf) for leaf in kept]
         node.left = sum(len(group.leaves) + len(group.rest) for group in groups)
@@ -336,26 +423,13 @@ class _Tree:
         bounds = np.array([leaf.bound for _, leaf in alive])
         best, leaf = alive[int(self._scores(self._estimate(bounds, node), weights).argmax())]
         best.leaves.remove(leaf)
+        self.open.pop(leaf.point, None)
         node.left -= 1
         return leaf
 
     def _beaten(self, leaf: _Leaf) -> bool:
-        """Whether the front makes a plan superfluous.
-
-        A plan that could only equal a point of the front is kept if it comes first in the space's order:
-        so the front that is found does not depend on the order of the search.
-        """
-        run = self.run
-        if not run.beaten(leaf.bound):
-            return False
-        slack = EQUAL * np.abs(leaf.bound)
-        beats = np.all(run.front_values <= leaf.bound + slack, axis=1)
-        strictly = beats & np.any(run.front_values < leaf.bound - slack, axis=1)
-        if bool(strictly.any()):
-            return True
-        return any(
-            hit and self.place(item) < leaf.place for hit, item in zip(beats, run.incumbents, strict=True)
-        )
+        """Whether the front makes a plan superfluous."""
+        return self.run.beaten(leaf.item, leaf.place)
 
     def _finish(self, node: _Node) -> None:
         """Mark a node, and those above it, when nothing is left of them."""

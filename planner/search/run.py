@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from planner.evaluate import Evaluator
+from hardware import InputError
+from planner.evaluate import Evaluation, Evaluator
 from planner.objectives import objective_vector, slo_distance_bound, slo_misses
 from planner.pareto import non_dominated, normalise
 from planner.plans import PlanPoint, PlanSpace
-from planner.search.base import Clock, Judged, Outcome, Progress, ProgressCallback, Rejected
+from planner.search.base import Clock, Judged, Outcome, Progress, ProgressCallback, Rejected, Support
+from planner.search.gap import Gap, measure_gap
+from planner.search.pool import Here, Pool, make_pool
+from planner.search.race import SHORT_REQUESTS, WORTH, Race
+from planner.search.rank import Bound, Ranks
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -23,8 +27,16 @@ FloatArray = npt.NDArray[np.float64]
 EQUAL = 1e-9
 #: Least time between two reports of progress, in s; the last one always comes.
 _REPORT_S = 0.05
+#: Time between two checkpoints, in s.
+_SAVE_S = 5.0
 #: Share of the budget that bounds may take.
-_BOUND_SHARE = 0.5
+_BOUND_SHARE = 0.6
+#: Share of what is left of the budget that a race may take.
+_RACE_SHARE = 0.2
+#: Plans simulated between two rankings.
+_ROUND = 128
+#: Open plans up to which a gap reads the pieces of their bounds, beyond it only the corners.
+_MOST_PIECES = 4000
 #: How many plans nearest to the SLO are simulated when none can meet it.
 _NEAREST = 5
 
@@ -33,7 +45,7 @@ _NEAREST = 5
 class Candidates:
     """Plans that pass the gates, with what bounds say of them."""
 
-    points: list[PlanPoint]
+    items: list[Bound]
     bounds: FloatArray  # [n, m]
     distance: FloatArray  # [n] least possible SLO miss
 
@@ -51,10 +63,20 @@ class SearchRun:
         budget_s: float,
         progress: ProgressCallback | None,
         cancelled: Callable[[], bool] | None,
+        *,
+        seed: int = 0,
+        workers: int = 1,
+        support: Support | None = None,
     ) -> None:
+        self.seed, self.workers, self.support = seed, workers, support or Support()
+        self.pool: Pool = Here(evaluator)
+        self._unsaved: list[Judged] = []
+        self._last_save = start
+        self.raced = 0
         self.evaluator, self.space, self.objectives = evaluator, space, objectives
         self.clock, self.start, self.budget_s = clock, start, budget_s
         self.report, self.is_cancelled = progress, cancelled
+        self.wanted = evaluator.wanted(objectives)
         self.judged: list[Judged] = []
         self.rejected: list[Rejected] = []
         self.rejected_plans = sum(item.plans for item in space.excluded)
@@ -63,9 +85,61 @@ class SearchRun:
         self.reason = ""
         self.incumbents: list[Judged] = []
         self.front_values: FloatArray = np.empty((0, len(objectives)))
+        self.known: list[Bound] = []
         self._last_report = -1.0
         #: Of plans with equal values the front keeps the first by this; None: the first simulated.
         self.order: Callable[[Judged], Any] | None = None
+        self.remembered = self._remembered()
+
+    # --- who evaluates, and what is kept --------------------------------------------------------
+
+    def __enter__(self) -> SearchRun:
+        requests = len(getattr(self.evaluator, "workload", ()))
+        work_s = len(self.space) * (1e-3 + 2e-6 * requests) if self.support.backend == "auto" else 0.0
+        if self.workers > 1 or self.support.backend != "auto":
+            self.pool = make_pool(self.evaluator, self.workers, self.support.backend, work_s=work_s)
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.pool.__exit__(*exc)
+        self.save()
+
+    def _remembered(self) -> dict[str, Mapping[str, Any]]:
+        """Plans that an earlier run of this search simulated. Raises InputError for those of another."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for part in self.support.resume:
+            for name, own in self._identity().items():
+                if part.get(name) != own:
+                    raise InputError(
+                        "resume", f"it belongs to a search with another {name}: {part.get(name)!r}"
+                    )
+            found.update({row["id"]: row for row in part["plans"]})
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "schema_version": "1",
+            "seed": self.seed,
+            "objectives": list(self.objectives),
+            "space_size": len(self.space),
+        }
+
+    def save(self) -> None:
+        """Hand what was simulated since the last time to the checkpoint."""
+        if self.support.checkpoint is None or not self._unsaved:
+            return
+        rows = [
+            {
+                "id": item.point.id,
+                "metrics": item.evaluation.metrics,
+                "breakdown_s": item.evaluation.breakdown_s,
+            }
+            for item in self._unsaved
+        ]
+        self._unsaved = []
+        self._last_save = self.clock()
+        self.support.checkpoint({**self._identity(), "plans": rows})
 
     # --- gates and bounds ---------------------------------------------------------------------
 
@@ -74,13 +148,13 @@ class SearchRun:
         self.exclude()
         order = list(range(len(self.space.groups)))
         random.Random(seed).shuffle(order)
-        found: list[tuple[int, PlanPoint, FloatArray, float]] = []
+        found: list[tuple[int, Bound]] = []
         refused: list[tuple[int, list[Rejected]]] = []
         for group in order:
             if self.stop(_BOUND_SHARE, done=len(found)):
                 break
             passed, rejected = self.gate(group)
-            found += [(group, *row) for row in passed]
+            found += [(group, item) for item in passed]
             refused.append((group, rejected))
             self.rejected_plans += sum(item.plans for item in rejected)
             self.tell("bounds")
@@ -88,10 +162,9 @@ class SearchRun:
         found.sort(key=lambda row: row[0])
         for _, rows in sorted(refused, key=lambda row: row[0]):
             self.rejected += rows
+        items = [item for _, item in found]
         return Candidates(
-            [row[1] for row in found],
-            np.array([row[2] for row in found]),
-            np.array([row[3] for row in found]),
+            items, np.array([item.vector for item in items]), np.array([item.distance for item in items])
         )
 
     def exclude(self) -> None:
@@ -100,44 +173,44 @@ class SearchRun:
             example = next(self.space.points(item.layout, item.formats or ("bf16",) * 3))
             self.rejected.append(Rejected(example, item.reason, item.plans))
 
-    def gate(self, group: int) -> tuple[list[tuple[PlanPoint, FloatArray, float]], list[Rejected]]:
-        """(plan, bounds on the objectives, least SLO miss) of a group's plans that can run; the others."""
+    def gate(self, group: int) -> tuple[list[Bound], list[Rejected]]:
+        """A group's plans that can run, with their bounds; the others with their reasons."""
         return self.gate_points(self.space.points(*self.space.groups[group]))
 
-    def gate_points(
-        self, points: Iterable[PlanPoint]
-    ) -> tuple[list[tuple[PlanPoint, FloatArray, float]], list[Rejected]]:
+    def gate_points(self, points: Iterable[PlanPoint]) -> tuple[list[Bound], list[Rejected]]:
         """The same for any plans."""
-        passed: list[tuple[PlanPoint, FloatArray, float]] = []
+        passed: list[Bound] = []
         reasons: dict[str, list[PlanPoint]] = {}
+        evaluator, objectives, slo = self.evaluator, self.objectives, self.evaluator.slo
         for point in points:
-            reason = self.evaluator.reject(point)
+            reason = evaluator.reject(point)
             if reason:
                 reasons.setdefault(reason, []).append(point)
                 continue
-            bounds = self.evaluator.bounds(point)
-            vector = self.evaluator.bound_vector(point, self.objectives, bounds)
-            passed.append((point, vector, slo_distance_bound(self.evaluator.slo, bounds)))
+            bounds = evaluator.bounds(point, self.wanted)
+            vector = evaluator.bound_vector(point, objectives, bounds)
+            passed.append(Bound(point, vector, slo_distance_bound(slo, bounds), evaluator, objectives))
+        self.known += passed
         return passed, [Rejected(plans[0], reason, len(plans)) for reason, plans in reasons.items()]
 
     # --- simulation ---------------------------------------------------------------------------
 
-    def simulate(self, candidates: Candidates, *, prune: bool, workers: int) -> None:
+    def simulate(self, candidates: Candidates, *, prune: bool) -> None:
         """Simulate what the bounds cannot exclude, most promising first."""
-        if not candidates.points:
+        if not candidates.items:
             return
+        places = {item.point: index for index, item in enumerate(candidates.items)}
+        self.order = lambda found: places[found.point]
         scores = normalise(candidates.bounds).sum(axis=1)
-        order = sorted(
-            range(len(candidates.points)), key=lambda i: (candidates.distance[i] > 0, scores[i], i)
-        )
+        order = sorted(range(len(candidates.items)), key=lambda i: (candidates.distance[i] > 0, scores[i], i))
         if prune:
             hopeless = [i for i in order if candidates.distance[i] > EQUAL]
             order = [i for i in order if candidates.distance[i] <= EQUAL]
         else:
             hopeless = []
-        self._judge_all(candidates, order, prune=prune, workers=workers)
+        self._judge_all(candidates, self._race(candidates, order), prune=prune)
         hopeless.sort(key=lambda i: (candidates.distance[i], scores[i], i))
-        self.nearest([(candidates.points[i], float(candidates.distance[i])) for i in hopeless])
+        self.nearest([(candidates.items[i].point, float(candidates.distance[i])) for i in hopeless])
 
     def nearest(self, hopeless: Sequence[tuple[PlanPoint, float]]) -> None:
         """What to do with plans that cannot meet the SLO (each with its least possible miss, ascending).
@@ -156,39 +229,107 @@ class SearchRun:
                 return
             self.keep(self.evaluate(point))
 
-    def _judge_all(self, candidates: Candidates, order: list[int], *, prune: bool, workers: int) -> None:
-        if workers <= 1:
-            for index in self._alive(candidates, order, prune):
-                self.keep(self.evaluate(candidates.points[index]))
-            return
-        # The compiled simulator releases the interpreter lock, so threads share tables and workload.
-        with ThreadPoolExecutor(workers) as pool:
-            alive = self._alive(candidates, order, prune)
-            while True:
-                batch = [index for _, index in zip(range(2 * workers), alive, strict=False)]
-                if not batch:
-                    return
-                for item in pool.map(lambda i: self.evaluate(candidates.points[i]), batch):
-                    self.keep(item)
+    def _race(self, candidates: Candidates, order: list[int]) -> list[int]:
+        """The same plans, those that short runs show to be behind last, where time is short."""
+        workload = getattr(self.evaluator, "workload", None)
+        requests = 0 if workload is None else len(workload)
+        left_s = self.budget_s - (self.clock() - self.start)
+        needed_s = len(order) * (1e-3 + 2e-6 * requests) / self.workers
+        if not self.support.race or requests < WORTH * SHORT_REQUESTS or needed_s < left_s:
+            return order
+        race, until = Race(self.evaluator, self.objectives), self.clock() + _RACE_SHARE * left_s
+        entered: list[int] = []
+        for index in order:
+            if self.clock() > until or self.stop(done=0):
+                break
+            race.run(candidates.items[index].point)
+            entered.append(index)
+            self.tell("race")
+        places, self.raced = race.order([candidates.items[index].point for index in entered])
+        first = [entered[place] for place in places[: len(places) - self.raced]]
+        last = [entered[place] for place in places[len(places) - self.raced :]]
+        return [*first, *order[len(entered) :], *last]
+
+    def _judge_all(self, candidates: Candidates, order: list[int], *, prune: bool) -> None:
+        alive = self._alive(candidates, order, prune)
+        while True:
+            batch = [index for _, index in zip(range(self.pool.batch), alive, strict=False)]
+            if not batch:
+                return
+            for item in self.evaluate_all([candidates.items[index].point for index in batch]):
+                self.keep(item)
 
     def _alive(self, candidates: Candidates, order: list[int], prune: bool) -> Iterator[int]:
-        for index in order:
-            if self.stop(done=len(self.judged)):
-                return
-            if prune and self.beaten(candidates.bounds[index]):
-                self.bounded += 1
-                continue
-            yield index
+        """Plans to simulate, the most promising first; what simulations teach changes their order."""
+        ranks = Ranks(self.objectives) if len(order) > 2 * _ROUND else None
+        if ranks is not None:
+            ranks.extend(candidates.items)
+        left = np.array(order, dtype=np.int64)
+        while len(left):
+            # Rankings cost more the more is known, and change less.
+            size = max(_ROUND, min(8 * _ROUND, len(self.judged) // 8))
+            for index in left[:size]:
+                if self.stop(done=len(self.judged)):
+                    return
+                if prune and self.beaten(candidates.items[index], int(index)):
+                    self.bounded += 1
+                    continue
+                yield int(index)
+            left = left[size:]
+            if ranks is not None and len(left) > _ROUND and self.incumbents:
+                left = left[np.argsort(ranks.scores(left, self.judged, self.front_values), kind="stable")]
 
-    def beaten(self, bound: FloatArray) -> bool:
-        """Whether a simulated plan is nowhere worse than a plan with this bound can be."""
-        if not len(self.front_values):
+    def beaten(self, item: Bound, place: Any = None) -> bool:
+        """Whether simulated plans are nowhere worse than anything that a plan's bound leaves possible.
+
+        A plan that could only equal a point of the front is kept if its `place` comes before that of the plan
+        there, so that the front that is found does not depend on the order of the search.
+        """
+        front = self.front_values
+        if not len(front):
             return False
-        return bool(np.any(np.all(self.front_values <= bound + EQUAL * np.abs(bound), axis=1)))
+        corner = np.all(front <= item.vector + EQUAL * np.abs(item.vector), axis=1)
+        if not bool(corner.any()):
+            # A corner that nothing beats may be beaten where the plan can really lie.
+            reach = item.pieces + EQUAL * np.abs(item.pieces)
+            if len(reach) == 1 or not bool(
+                np.all(front[:, None, :] <= reach[None], axis=2).any(axis=0).all()
+            ):
+                return False
+        elif place is None or bool(np.any(front[corner] < item.vector - EQUAL * np.abs(item.vector))):
+            return True
+        if place is None or self.order is None:
+            return True
+        before = np.array([self.order(found) < place for found in self.incumbents])
+        for piece in item.pieces:
+            slack = EQUAL * np.abs(piece)
+            beats = np.all(front <= piece + slack, axis=1)
+            strictly = beats & np.any(front < piece - slack, axis=1)
+            if not bool((strictly | (beats & before)).any()):
+                return False
+        return True
 
     def evaluate(self, point: PlanPoint) -> Judged:
         """Simulate a plan."""
-        evaluation = self.evaluator.evaluate(point, interval=False)
+        return self.evaluate_all([point])[0]
+
+    def evaluate_all(self, points: Sequence[PlanPoint]) -> list[Judged]:
+        """Simulate plans; those that an earlier run of the search knows are taken from there."""
+        found: dict[PlanPoint, Evaluation] = {}
+        if self.remembered:
+            for point in points:
+                row = self.remembered.get(point.id)
+                if row is not None:
+                    memory = self.evaluator.memory(point)
+                    found[point] = Evaluation(
+                        point, dict(row["metrics"]), memory, dict(row["breakdown_s"]), {}
+                    )
+        open_ = [point for point in points if point not in found]
+        if open_:
+            found.update(zip(open_, self.pool.evaluate(open_), strict=True))
+        return [self._judge(found[point]) for point in points]
+
+    def _judge(self, evaluation: Evaluation) -> Judged:
         return Judged(
             evaluation,
             tuple(float(v) for v in objective_vector(self.objectives, evaluation.metrics)),
@@ -198,6 +339,10 @@ class SearchRun:
     def keep(self, item: Judged) -> None:
         """Take a simulated plan in, and update the incumbents."""
         self.judged.append(item)
+        if self.support.checkpoint is not None:
+            self._unsaved.append(item)
+            if self.clock() - self._last_save > _SAVE_S:
+                self.save()
         if item.meets_slo:
             own = np.array(rounded(item.objectives))
             if not bool(np.any(np.all(self.front_values <= own, axis=1))):
@@ -244,25 +389,65 @@ class SearchRun:
                 simulated=len(self.judged),
                 front=len(self.front_values),
                 elapsed_s=now,
-                best=tuple(self.incumbents) or tuple(front_of(self.judged)),
+                best=tuple(self.incumbents) or tuple(front_of(self._ranked())),
             )
         )
+
+    def _ranked(self) -> list[Judged]:
+        return self.judged if self.order is None else sorted(self.judged, key=self.order)
 
     def outcome(self, method: str) -> Outcome:
         """The front of what was simulated, and whether it is that of the whole space."""
         self.tell("done", always=True)
-        ranked = self.judged if self.order is None else sorted(self.judged, key=self.order)
         return Outcome(
             method=method,
             space_size=len(self.space),
             judged=self.judged,
-            front=front_of(ranked),
+            front=front_of(self._ranked()),
             rejected=self.rejected,
             bounded=self.bounded,
             simulated=len(self.judged),
             certified=self.complete,
             wall_s=self.clock() - self.start,
             reason=self.reason,
+            gap=self.gap(),
+            statistics={"raced_out": self.raced} if self.raced else {},
+        )
+
+    def gap(self) -> Gap:
+        """How much better than what was found the plans may be that are neither simulated nor excluded."""
+        if self.complete:
+            return measure_gap(
+                self.objectives,
+                self.front_values,
+                np.empty((0, len(self.objectives))),
+                open_plans=0,
+                unbounded=0,
+            )
+        done = {item.point for item in self.judged}
+        meets = bool(self.incumbents)
+        left = [
+            item for item in self.known if item.point not in done and (item.distance <= EQUAL or not meets)
+        ]
+        if meets and left:
+            vectors = np.array([item.vector for item in left])
+            reach = vectors + EQUAL * np.abs(vectors)
+            beaten = np.zeros(len(left), dtype=np.bool_)
+            for values in self.front_values:
+                beaten |= np.all(values <= reach, axis=1)
+            left = [item for item, out in zip(left, beaten, strict=True) if not out]
+        if len(left) <= _MOST_PIECES:
+            left = [item for item in left if not self.beaten(item)]
+            points = [item.pieces for item in left]
+        else:
+            points = [item.vector[None] for item in left]
+        unbounded = len(self.space) - len(self.known) - sum(item.plans for item in self.rejected)
+        return measure_gap(
+            self.objectives,
+            self.front_values,
+            np.concatenate(points) if points else np.empty((0, len(self.objectives))),
+            open_plans=len(left),
+            unbounded=max(0, unbounded),
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from planner.evaluate import Evaluation
 from planner.memory import MemoryPlan
 from planner.models import Degrees
-from planner.objectives import bound_vector
+from planner.objectives import bound_vector, objective_vector
 from planner.plans import Excluded, Layout, PlanPoint
 
 MEMORY = MemoryPlan(
@@ -98,7 +98,25 @@ class FakeEvaluator:
     def _misfit(self, point: PlanPoint) -> bool:
         return bool(self._rng(point).spawn(1)[0].random() < self.misfits)
 
-    def bounds(self, point: PlanPoint) -> dict[str, float]:
+    def memory(self, point: PlanPoint) -> MemoryPlan:
+        """The same for all."""
+        return MEMORY
+
+    def wanted(self, objectives: tuple[str, ...]) -> None:
+        """All statistics."""
+
+    def bound_pieces(self, point: PlanPoint, objectives: tuple[str, ...], vector: Any) -> Any:
+        """The corner, or points between it and the truth of which one at least is no worse than the plan."""
+        rng = self._rng(point).spawn(3)[2]
+        if rng.random() < 0.5:
+            return vector[None]
+        truth = objective_vector(objectives, self.metrics(point))
+        pieces = np.repeat(vector[None], 3, axis=0)
+        pieces += rng.random(pieces.shape) * np.maximum(0.0, truth * 2 - vector)
+        pieces[1] = np.minimum(pieces[1], truth)
+        return pieces
+
+    def bounds(self, point: PlanPoint, wanted: Any = None) -> dict[str, float]:
         """Metrics times a factor of at most one (throughput: at least one)."""
         metrics = self.metrics(point)
         factor = 1.0 - self.slack * self._rng(point).spawn(2)[1].random()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.bounds import cacheable_tokens, metric_bounds, work_bounds
+from planner.bounds import WorkFacts, cacheable_tokens, metric_bounds, work_bounds
 from planner.simulator import SchedulerConfig, simulate
 from planner.workload import Workload
 from tests.planner.simulator.build import MACHINE, tables, workload
@@ -83,6 +83,8 @@ def random_case(seed: int) -> tuple[Workload, Any, SchedulerConfig, bool]:
         pipeline=stages,
         attention_data=ranks,
         replicas=int(rng.choice([1, 1, 2])),
+        request_s=float(rng.choice([0.0, 3e-3])),
+        request_per_token_s=float(rng.choice([0.0, 1e-5])),
     )
     at_once = min(seqs * ranks, len(traffic))
     preemption = config.admission == "on_demand" and config.kv_blocks * block < at_once * (longest + block)
@@ -95,8 +97,9 @@ def check(seed: int) -> dict[str, float]:
     devices = config.replicas * config.pipeline * config.attention_data
     result = simulate(traffic, costs, config, **{**MACHINE, "devices": devices, "usd_per_hour": 3.0})
     metrics = result.metrics()
+    facts = WorkFacts(traffic, request_s=config.request_s, request_per_token_s=config.request_per_token_s)
     work = work_bounds(
-        traffic,
+        facts,
         costs,
         prefix_caching=config.prefix_caching,
         max_num_seqs=config.max_num_seqs,
@@ -121,6 +124,10 @@ def check(seed: int) -> dict[str, float]:
         else:
             assert value >= bound * (1 - SLACK), (seed, name, value, bound, config)
             ratios[name] = value / bound if bound else np.inf
+    dynamic_j = metrics["energy_j"] - MACHINE["idle_w_per_device"] * devices * metrics["makespan_s"]
+    ahead = np.array([metrics["e2e_s"]["mean"], dynamic_j]) * (1 + SLACK) + 1e-9 * metrics["energy_j"]
+    for least_s in (0.0, bounds["e2e_s.mean"]):
+        assert (work.trade(least_s) <= ahead).all(axis=1).any(), (seed, least_s, ahead, config)
     return ratios
 
 
@@ -147,9 +154,8 @@ def test_the_bound_of_a_lone_request_is_its_time() -> None:
         alone, costs, prefix_caching=False, max_num_seqs=16, max_num_batched_tokens=64, preemption=False
     )
     assert metrics["tpot_s"]["mean"] == pytest.approx(bounds.step_s)
-    logits = float(costs.logits_s[1])
-    assert metrics["ttft_s"]["mean"] == pytest.approx(bounds.statistics["ttft_s.mean"] + logits)
-    assert metrics["e2e_s"]["mean"] == pytest.approx(bounds.statistics["e2e_s.mean"] + logits)
+    assert metrics["ttft_s"]["mean"] == pytest.approx(bounds.statistics["ttft_s.mean"])
+    assert metrics["e2e_s"]["mean"] == pytest.approx(bounds.statistics["e2e_s.mean"])
 
 
 def test_doubling_every_time_doubles_every_bound_of_time() -> None:

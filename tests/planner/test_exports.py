@@ -176,3 +176,12 @@ def test_text_holds_every_file() -> None:
     text = export_plan(plan(), request("trtllm"), "trtllm").text()
     assert "--- config.yaml" in text
     assert "trtllm-serve" in text
+
+
+def test_a_script_as_text_starts_with_its_interpreter() -> None:
+    from planner.exports.artifact import Artifact
+
+    text = Artifact("vllm", {"run.sh": "#!/usr/bin/env bash\nvllm serve x\n"}, ("Mind this.",)).text()
+    assert text == "#!/usr/bin/env bash\n# Mind this.\nvllm serve x\n"
+    several = Artifact("k", {"a.sh": "#!/bin/sh\na\n", "b.yaml": "b: 1\n"}, ()).text()
+    assert several.splitlines()[:2] == ["# --- a.sh", "#!/bin/sh"]

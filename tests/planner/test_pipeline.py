@@ -330,3 +330,21 @@ def test_two_models_of_one_name_do_not_share_their_tables(planner: Planner) -> N
     full = question.evaluator(tables=shared).evaluate(point, interval=False).metrics
     half = other.evaluator(tables=shared).evaluate(point, interval=False).metrics
     assert half["tpot_s"]["mean"] < 0.8 * full["tpot_s"]["mean"]
+
+
+def test_hosts_and_cooling_are_on_the_meter() -> None:
+    request = {
+        "model": "llama-3.1-8b",
+        "cluster": {"pools": [{"name": "a", "device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 1}]},
+        "workload": {"synthetic": {"preset": "chat", "requests": 50}},
+        "plan": {"worker": {"parallelism": {"tensor": 1}}},
+    }
+    planner = Planner()
+    bare = planner.evaluate(request)["plans"][0]["metrics"]
+    met = planner.evaluate({**request, "site": {"pue": 1.3, "host_w_per_device": 150}})["plans"][0]["metrics"]
+    assert met["power_w"] == pytest.approx(1.3 * (bare["power_w"] + 150))
+    assert met["energy_j"] == pytest.approx(1.3 * (bare["energy_j"] + 150 * bare["makespan_s"]))
+    assert met["ttft_s"] == bare["ttft_s"]
+    with pytest.raises(InputError) as caught:
+        planner.evaluate({**request, "site": {"pue": 0.9}})
+    assert caught.value.path == "site.pue"

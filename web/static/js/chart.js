@@ -106,6 +106,11 @@ function range(axis) {
   return [bottom, top + pad];
 }
 
+function wide(axis) {
+  const values = data.values[axis].filter((value) => value > 0);
+  return Math.max(...values) > 20 * Math.min(...values);
+}
+
 function draw() {
   members = [];
   const soft = colour("--soft"), grid = colour("--grid");
@@ -271,6 +276,8 @@ async function start() {
   const asked = new URLSearchParams(location.search);
   axisX.value = asked.get("x") in data.axes ? asked.get("x") : data.start[0];
   axisY.value = asked.get("y") in data.axes ? asked.get("y") : data.start[1];
+  // Overloaded plans may be a hundred times slower: on a linear scale they would squeeze the front together.
+  withLog.checked = [axisX.value, axisY.value].some(wide);
   for (const slider of document.querySelectorAll("[data-axis]")) {
     const values = data.values[slider.dataset.axis].filter((v) => v > 0);
     const bound = Number(slider.dataset.bound || 0);

@@ -1,0 +1,139 @@
+"""Regret, trade-offs and what would have to change, by small examples that can be worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from planner.evaluate import Evaluation
+from planner.explain import relaxed_slos, robustness, trade_offs, variations
+from planner.objectives import objective_vector, slo_misses
+from planner.pipeline import Planner
+from planner.search import Judged
+from tests.planner.conftest import request_of
+from tests.planner.fakes import FakeEvaluator, FakeSpace
+
+
+def judged(values: dict[str, float], slo: Any = None, index: int = 0) -> Judged:
+    point = list(FakeSpace(3, 3))[index]
+    metrics = FakeEvaluator(0).metrics(point)
+    for name, value in values.items():
+        if name in ("ttft_s", "tpot_s", "e2e_s"):
+            metrics[name] = dict.fromkeys(metrics[name], value)
+        else:
+            metrics[name] = value
+    evaluation = Evaluation(point, metrics, FakeEvaluator(0).memory(point), {}, {})
+    wanted = ("latency", "energy")
+    return Judged(
+        evaluation,
+        tuple(float(v) for v in objective_vector(wanted, metrics)),
+        tuple(slo_misses(slo or {}, metrics)),
+    )
+
+
+def interval(item: Judged, low: float, high: float) -> Evaluation:
+    value = item.objectives[0]
+    energy = item.evaluation.metrics["energy_j"] = 100.0 * item.objectives[1]
+    return replace(
+        item.evaluation,
+        interval={"e2e_s": {"mean": (value * low, value * high)}, "energy_j": {"value": (energy, energy)}},
+    )
+
+
+def test_a_plan_with_a_wide_interval_has_regret() -> None:
+    front = [
+        judged({"e2e_s": 1.0, "energy_j_per_output_token": 4.0}),
+        judged({"e2e_s": 2.0, "energy_j_per_output_token": 2.0}, index=1),
+        judged({"e2e_s": 4.0, "energy_j_per_output_token": 1.0}, index=2),
+    ]
+    objectives = ("latency", "energy")
+    sure = robustness(front, [interval(item, 1.0, 1.0) for item in front], objectives, {})
+    assert sure.regret[1] == 0.0, "the knee is nearest in every scenario when there is one only"
+    wild = robustness(
+        front,
+        [interval(front[0], 1.0, 1.0), interval(front[1], 0.9, 3.0), interval(front[2], 1.0, 1.0)],
+        objectives,
+        {"e2e_s": {"mean": 5.0}},
+    )
+    assert wild.regret[1] > sure.regret[1]
+    assert wild.risks == ((), ("e2e_s mean (6 s of 5 s)",), ())
+    assert "misses e2e_s mean" in wild.words(1, ["a", "b", "c"])
+    assert sure.words(1, ["a", "b", "c"]).startswith("robust")
+
+
+def test_trade_offs_say_what_the_best_of_an_objective_costs() -> None:
+    front = [
+        judged({"e2e_s": 1.0, "energy_j_per_output_token": 4.0}),
+        judged({"e2e_s": 2.0, "energy_j_per_output_token": 2.0}, index=1),
+    ]
+    rows = trade_offs(front, ("latency", "energy"), front[1])
+    assert rows == [
+        {"objective": "latency", "plan_id": front[0].point.id, "gain": 0.5, "price": {"energy": 1.0}}
+    ]
+
+
+def test_the_slo_is_relaxed_to_what_the_nearest_plans_reach() -> None:
+    slo = {"ttft_s": {"p95": 1.0}, "tpot_s": {"p95": 1.0}}
+    items = [
+        judged({"ttft_s": 1.5004, "tpot_s": 0.5}, slo),
+        judged({"ttft_s": 0.5, "tpot_s": 3.0}, slo, 1),
+        judged({"ttft_s": 9.0, "tpot_s": 9.0}, slo, 2),
+    ]
+    rows = relaxed_slos(items)
+    assert [row["change"] for row in rows] == [
+        {"slo.ttft_s.p95": [1.0, 1.51]},
+        {"slo.tpot_s.p95": [1.0, 3.0]},
+    ]
+    both = relaxed_slos(items[2:])
+    assert both[0]["change"] == {"slo.ttft_s.p95": [1.0, 9.0], "slo.tpot_s.p95": [1.0, 9.0]}
+
+
+def test_variations_leave_the_request_as_it_is() -> None:
+    request = {"cluster": {"pools": [{"name": "main", "nodes": 1, "devices_per_node": 2}]}, "space": {}}
+    rows = variations(request, ["fp8"])
+    assert [row[1] for row in rows] == [
+        "int8 weights",
+        "int4 weights",
+        "fp4 weights",
+        "4 devices of pool 'main' in place of 2",
+        "8 devices of pool 'main' in place of 2",
+        "16 devices of pool 'main' in place of 2",
+    ]
+    assert request["cluster"]["pools"][0]["nodes"] == 1
+
+
+def test_an_infeasible_request_is_told_what_would_help() -> None:
+    asked = request_of(
+        "llama-3.1-70b",
+        devices=1,
+        requests=20,
+        rate_rps=0.5,
+        slo={"tpot_s": {"p95": 0.2}},
+        space={"weights": ["bf16"]},
+        search={"budget_s": 20},
+    )
+    result = Planner().plan(asked)
+    assert result.status == "infeasible"
+    kinds = {row["kind"] for row in result.changes}
+    assert kinds == {"quantization", "devices"}
+    for row in result.changes:
+        again = {**asked, **row["change"]}
+        again["search"] = {"budget_s": 5}
+        other = Planner().plan(again, changes=False)
+        assert other.status == "ok", row["words"]
+
+
+def test_a_front_tells_its_regret_and_trades(planner: Planner) -> None:
+    result = planner.plan(request_of(space={"max_num_batched_tokens": [2048]}))
+    assert result.recommended is not None
+    assert all(result.plan(ident).regret is not None for ident in result.front)
+    if len(result.front) > 1:
+        assert "90 % interval" in result.recommended.reason
+    for row in result.recommended.trade_offs:
+        assert row["gain"] > 0
+        assert row["plan_id"] in result.front
+    assert result.search.gap is not None
+    assert result.search.gap["open"] == 0
+    assert result.search.gap["hypervolume"]["ratio"] == pytest.approx(1.0)
