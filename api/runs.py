@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from api.checks import admit_run, find_problems
 from api.desk import Desk
 from api.errors import ApiError, problems_of, unprocessable
 from api.keys import Principal
+from api.kinds import PLAN, admit_kind, problems_of_kind, uploads_of
 from api.lifecycle import ENDS, Status
 from api.settings import Settings
 from api.solver import versions
@@ -109,7 +109,7 @@ class Runs:
     # --- asking -----------------------------------------------------------------------------------
 
     async def submit(
-        self, data: Any, principal: Principal, idempotency_key: str | None
+        self, data: Any, principal: Principal, idempotency_key: str | None, kind: str = PLAN
     ) -> tuple[dict[str, Any], bool]:
         """(the run, whether it is new). Raises ApiError or InputError for what cannot be queued."""
         if idempotency_key is not None and not (
@@ -117,11 +117,12 @@ class Runs:
         ):
             raise unprocessable([("Idempotency-Key", "must have 1 to 255 visible ASCII characters")])
         if not isinstance(data, Mapping):
-            raise InputError("", "the body is a planning request")
+            raise InputError("", f"the body is a {'planning' if kind == PLAN else kind} request")
         body = dict(data)
         options = _options(body.pop("run", {}), self.settings)
-        new = await self._new_run(body, principal, options)
-        sent = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        new = await self._new_run(kind, body, principal, options)
+        # The same body asks for another thing where it is sent to another address.
+        sent = json.dumps(data if kind == PLAN else [kind, data], sort_keys=True, separators=(",", ":"))
         return await self._submit(new, idempotency_key, hashlib.sha256(sent.encode()).hexdigest())
 
     async def _submit(
@@ -156,30 +157,33 @@ class Runs:
         assert run is not None  # nothing deletes a run that has not ended
         return run, fresh
 
-    async def _new_run(self, body: dict[str, Any], principal: Principal, options: RunOptions) -> NewRun:
+    async def _new_run(
+        self, kind: str, body: dict[str, Any], principal: Principal, options: RunOptions
+    ) -> NewRun:
         try:
-            request = admit_run(body, self.settings)
-            facts = _facts(request.model, tuple(pool.device or "" for pool in request.cluster.pools))
-            known = _sound(json.dumps([body.get(part) for part in _MEANT], sort_keys=True))
+            asked = admit_kind(kind, body, self.settings)
+            meant = [body.get(part) for part in _MEANT] if kind == PLAN else [kind, body]
+            known = _sound(json.dumps(meant, sort_keys=True))
             if not known[0]:
-                problems = await self._problems(body)
+                problems = await self._problems(kind, body)
                 if problems:
                     raise unprocessable(problems)
                 known[0] = True
         except InputError as error:
-            problems = await self._problems(body)
+            problems = await self._problems(kind, body)
             raise unprocessable(problems or problems_of(error)) from None
-        await self._check_upload(request)
-        text = json.dumps(request.to_dict(), ensure_ascii=False, separators=(",", ":"))
+        await self._check_uploads(kind, asked.request)
+        several = len(asked.models) > 1
         return NewRun(
             owner=principal.id,
-            request=text,
-            request_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            model=facts[0],
-            devices=facts[1],
-            engine=request.engine.name,
-            seed=request.search.seed,
+            request=_text(asked.request),
+            model=_shown(asked.models),
+            models=asked.models if several else (),
+            devices=asked.devices,
+            engine=asked.engine,
+            seed=asked.seed,
             versions=json.dumps(versions()),
+            kind=kind,
             label=options.label,
             notes=options.notes,
             webhook_url=options.webhook.url if options.webhook else None,
@@ -190,31 +194,30 @@ class Runs:
         """Look at something that was sent, one thing at a time. Raises ApiError 503 when too much waits."""
         return await self._checks.run(work)
 
-    async def _problems(self, body: Mapping[str, Any]) -> list[tuple[str, str]]:
-        return await self.examine(lambda: find_problems(body, self.settings, uploads=True))
+    async def _problems(self, kind: str, body: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return await self.examine(lambda: problems_of_kind(kind, body, self.settings))
 
-    async def _check_upload(self, request: Any) -> None:
-        trace = request.workload.trace
-        if trace is None:
-            return
-        upload_id = trace.path.removeprefix("upload:")
-        if not is_id(upload_id) or await self.read(self.store.upload, upload_id) is None:
-            raise unprocessable([("workload.trace.path", "there is no upload of this id")])
+    async def _check_uploads(self, kind: str, request: Mapping[str, Any]) -> None:
+        for path, upload_id in uploads_of(kind, request):
+            if not is_id(upload_id) or await self.read(self.store.upload, upload_id) is None:
+                raise unprocessable([(path, "there is no upload of this id")])
 
     async def rerun(self, run_id: str, principal: Principal) -> dict[str, Any]:
         """A new run of a stored run's request; its end says whether the answer is the same."""
         old = await self.get(run_id)
-        request = json.loads(old["request"])
-        await self._check_upload(admit_run(request, self.settings))
+        # Other limits than those of then, and other catalogs, are told before anything is queued.
+        asked = admit_kind(old["kind"], json.loads(old["request"]), self.settings)
+        await self._check_uploads(old["kind"], asked.request)
         new = NewRun(
             owner=principal.id,
             request=old["request"],
-            request_sha256=hashlib.sha256(old["request"].encode()).hexdigest(),
             model=old["model"],
+            models=tuple(name for name in old["models"].split("|") if name),
             devices=tuple(name for name in old["devices"].split("|") if name),
             engine=old["engine"],
             seed=old["seed"],
             versions=json.dumps(versions()),
+            kind=old["kind"],
             label=old["label"],
             rerun_of=run_id,
         )
@@ -247,6 +250,15 @@ class Runs:
                 headers={"Retry-After": "1"},
             )
         return found
+
+    async def plans_of(self, run_id: str) -> dict[str, Any]:
+        """The result of a plan search as plain values. Raises ApiError 404 for a run of another kind."""
+        run = await self.get(run_id)
+        if run["kind"] != PLAN:
+            raise ApiError(
+                404, f"The run is a {run['kind']}; what it found is in its result.", kind="no-plan"
+            )
+        return await self.plain_result(run_id)
 
     async def plain_result(self, run_id: str) -> dict[str, Any]:
         """A run's result as plain values."""
@@ -379,6 +391,7 @@ def view(run: Mapping[str, Any]) -> dict[str, Any]:
     end = run["finished_at"]
     return {
         "id": run["id"],
+        "kind": run["kind"],
         "status": run["status"],
         "version": run["version"],
         "owner": run["owner"],
@@ -450,6 +463,16 @@ def judge_rerun(first: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, A
     return {"same": same, "differs": differs, "reason": reason}
 
 
+def _text(plain: Mapping[str, Any]) -> str:
+    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+
+
+def _shown(models: tuple[str, ...]) -> str:
+    """Models as a list shows them: as many as there is room for."""
+    shown = ", ".join(models)
+    return shown if len(shown) <= 200 else f"{models[0][:150]} and {len(models) - 1} more"
+
+
 # --- checking -------------------------------------------------------------------------------------
 
 #: The parts of a request that name things: checked against the catalogs, once for equal ones.
@@ -460,16 +483,6 @@ _MEANT = ("model", "engine", "cluster", "workload", "prices", "space", "slo", "o
 def _sound(key: str) -> list[bool]:
     """Whether these parts were found sound before: a cell to be filled."""
     return [False]
-
-
-@lru_cache(maxsize=1024)
-def _facts(model: str, devices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The catalogs' own names. Raises InputError for unknown ones."""
-    catalog = load_catalog()
-    return (
-        load_model(model, allow_paths=False).name,
-        tuple(dict.fromkeys(catalog.device(name, "cluster").name for name in devices)),
-    )
 
 
 @lru_cache(maxsize=256)

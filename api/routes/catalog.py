@@ -63,6 +63,12 @@ async def engines(service: Work, if_none_match: IfNoneMatch = "") -> Response:
     return await _answer(service, "engines", if_none_match)
 
 
+@router.get("/costmodels", **_documented("costmodels"))
+async def costmodels(service: Work, if_none_match: IfNoneMatch = "") -> Response:
+    """Fitted predictors: what they were fitted on, and how far off they are."""
+    return await _answer(service, "costmodels", if_none_match)
+
+
 @router.get("/workloads", **_documented("workloads"))
 async def workloads(service: Work, if_none_match: IfNoneMatch = "") -> Response:
     """Workload presets: arrivals and lengths, with where they were published."""

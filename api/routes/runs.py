@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from api.compare import compare
 from api.errors import ApiError, unprocessable
 from api.keys import Principal
+from api.kinds import PLAN, Kind
 from api.lifecycle import ENDS, Status
 from api.routes.body import json_body
 from api.run_schemas import (
@@ -30,6 +31,7 @@ from api.run_schemas import (
 )
 from api.runs import Runs, canonical_device, canonical_model, detail, etag, reproduction, view
 from api.store import Filters, decode_cursor, encode_cursor
+from api.study_schemas import FleetAnswer, SweepAnswer
 from hardware import InputError
 from planner import PlanningResult
 from planner.exports import TARGETS, export_result
@@ -94,7 +96,12 @@ async def create_run(
     prefer: Prefer = "",
 ) -> Response:
     """POST /api/v1/runs."""
-    run, _ = await runs.submit(body, who, idempotency_key)
+    return await queued(runs, who, body, idempotency_key, prefer, PLAN)
+
+
+async def queued(runs: Runs, who: Principal, body: Any, key: str | None, prefer: str, kind: str) -> Response:
+    """The answer to a body that asks for a run of a kind."""
+    run, _ = await runs.submit(body, who, key, kind)
     wait_s = _wait_s(prefer)
     if wait_s is not None and run["status"] not in ENDS:
         run = await runs.wait(run["id"], wait_s)
@@ -122,6 +129,7 @@ async def list_runs(
     limit: Annotated[int, Query(ge=1, le=200, description="runs on a page")] = 50,
     cursor: Annotated[str, Query(description="`next_cursor` of the page before", max_length=100)] = "",
     status: Annotated[list[Status] | None, Query(description="repeatable: any of them")] = None,
+    kind: Annotated[Kind | None, Query(description="what was asked")] = None,
     model: Annotated[str | None, Query(description="by any of the model's names", max_length=200)] = None,
     device: Annotated[str | None, Query(description="runs on this device", max_length=200)] = None,
     label: Annotated[str | None, Query(max_length=200)] = None,
@@ -141,6 +149,7 @@ async def list_runs(
         model=None if model is None else canonical_model(model),
         device=None if device is None else canonical_device(device),
         label=label,
+        kind=kind,
         created_after=_instant("created_after", created_after),
         created_before=_instant("created_before", created_before),
     )
@@ -169,8 +178,8 @@ async def compare_runs(
     names = list(dict.fromkeys(part.strip() for part in ids.split(",") if part.strip()))
     if not 2 <= len(names) <= 8:
         raise unprocessable([("ids", f"must be 2 to 8 different ids with commas between, not {len(names)}")])
+    results = [await runs.plans_of(name) for name in names]
     found = [await runs.get(name) for name in names]
-    results = [await runs.plain_result(name) for name in names]
     return JSONResponse(compare(found, results))
 
 
@@ -251,7 +260,7 @@ async def rerun(run_id: RunId, runs: Work, who: Who) -> Response:
     description="409 until the run has ended; 404 for a run that ended without an answer. A cancelled run "
     "has what was found until then.",
     responses={
-        200: {"model": PlanningResult},
+        200: {"model": PlanningResult | FleetAnswer | SweepAnswer, "description": "By the run's kind"},
         304: {"description": "Not Modified"},
         **run_problems(404, 409, 422, 503),
     },
@@ -312,7 +321,7 @@ async def stream_events(
 )
 async def get_plan(run_id: RunId, plan_id: PlanId, runs: Work) -> Response:
     """GET /api/v1/runs/{id}/plans/{plan_id}."""
-    result = await runs.plain_result(run_id)
+    result = await runs.plans_of(run_id)
     return JSONResponse(_entry(result, plan_id))
 
 
@@ -338,7 +347,7 @@ async def export_plan(
     target: Annotated[str, Query(description=", ".join(TARGETS), max_length=40)],
 ) -> Response:
     """GET /api/v1/runs/{id}/plans/{plan_id}/export."""
-    result = await runs.plain_result(run_id)
+    result = await runs.plans_of(run_id)
     entry = _entry(result, plan_id)
     try:
         artifact = export_result(result, entry["id"], target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ EVENT: Table = tables.Event.__table__  # type: ignore[attr-defined]
 IDEMPOTENCY: Table = tables.Idempotency.__table__  # type: ignore[attr-defined]
 
 #: Not for readers: what the queue and the webhooks need.
-_HIDDEN = ("worker_id", "lease_until", "webhook_secret", "turn", "available_at", "request_sha256")
+_HIDDEN = ("worker_id", "lease_until", "webhook_secret", "turn", "available_at", "request_sha256", "losses")
 _DETAIL = tuple(column for column in RUN.c if column.name not in _HIDDEN)
 _ROW = tuple(column for column in _DETAIL if column.name not in ("request", "versions"))
 
@@ -50,6 +51,7 @@ class Filters:
     created_after: float | None = None
     created_before: float | None = None
     owner: str | None = None
+    kind: str | None = None
 
 
 class Store(Queue, Keys, Uploads, Operations):
@@ -97,10 +99,12 @@ class Store(Queue, Keys, Uploads, Operations):
                     label=run.label,
                     notes=run.notes,
                     model=run.model,
+                    kind=run.kind,
+                    models="|" + "".join(f"{model}|" for model in run.models) if run.models else "",
                     devices="|" + "".join(f"{device}|" for device in run.devices),
                     engine=run.engine,
                     request=run.request,
-                    request_sha256=run.request_sha256,
+                    request_sha256=hashlib.sha256(run.request.encode()).hexdigest(),
                     seed=run.seed,
                     versions=run.versions,
                     rerun_of=run.rerun_of,
@@ -111,6 +115,7 @@ class Store(Queue, Keys, Uploads, Operations):
                     available_at=0.0,
                     attempt=0,
                     crashes=0,
+                    losses=0,
                     cancel_requested=False,
                 )
             )
@@ -153,7 +158,10 @@ class Store(Queue, Keys, Uploads, Operations):
         if filters.status:
             query = query.where(RUN.c.status.in_(filters.status))
         if filters.model is not None:
-            query = query.where(RUN.c.model == filters.model)
+            among = RUN.c.models.contains(f"|{filters.model}|", autoescape=True)
+            query = query.where((RUN.c.model == filters.model) | among)
+        if filters.kind is not None:
+            query = query.where(RUN.c.kind == filters.kind)
         if filters.device is not None:
             query = query.where(RUN.c.devices.contains(f"|{filters.device}|", autoescape=True))
         if filters.label is not None:

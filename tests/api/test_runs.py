@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.settings import Settings
+from api.solver import versions
 from api.store import Store
 from planner import PlanningResult
 from tests.api.conftest import small_request
@@ -453,8 +454,17 @@ def test_a_resumed_run_has_the_answer_of_one_that_was_not(
     first = claim(store)
     assert first.run_id == run_id
     result = client.get(f"{RUNS}/{done['id']}/result").json()
-    some = {entry["id"]: [entry["metrics"], entry["breakdown_s"]] for entry in result["plans"][:5]}
-    store.add_checkpoint(first, 0, gzip.compress(json.dumps(some).encode()))
+    names = ("id", "metrics", "breakdown_s")
+    part = {
+        "schema_version": "1",
+        "seed": 0,
+        "objectives": result["request"]["objectives"],
+        "space_size": result["search"]["space_size"],
+        "change": None,
+        "plans": [{name: entry[name] for name in names} for entry in result["plans"][:5]],
+    }
+    body = json.dumps({"versions": versions(), "parts": [part]}).encode()
+    store.add_checkpoint(first, 0, gzip.compress(body))
     store.give_back(first, "test")
     before = store.tallies().get("simulations", 0)
     work(store)
