@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from api.asked import admit_kind, problems_of_kind
 from api.desk import Desk
 from api.errors import ApiError, problems_of, unprocessable
 from api.keys import Principal
-from api.kinds import PLAN, admit_kind, problems_of_kind, uploads_of
+from api.kinds import PLAN, uploads_of
 from api.lifecycle import ENDS, Status
 from api.settings import Settings
 from api.solver import versions

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.kinds import SweepRequest
+from api.asked import SweepRequest
 from api.run_schemas import run_body
 from api.runs import RunOptions
 from api.schemas import EXAMPLE, EXAMPLE_PLAN, EvaluateRequest

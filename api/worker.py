@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from importlib import metadata
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,8 +56,6 @@ class Worker:
 
     def run_forever(self) -> None:
         """Work until told to stop; a database that is away for a while is waited for."""
-        from planner.pipeline import version
-
         wake = _Wake(self.store)
         webhooks = threading.Thread(target=self._send_webhooks, name="webhooks", daemon=True)
         webhooks.start()
@@ -68,7 +67,7 @@ class Worker:
                 now = time.monotonic()
                 if now - self._seen_at > 10 or not self._seen_at:
                     self.store.see_worker(
-                        self.id, host=socket.gethostname(), pid=os.getpid(), version=version()
+                        self.id, host=socket.gethostname(), pid=os.getpid(), version=_version()
                     )
                     self._seen_at = now
                 if now - self._expired_at > 1:
@@ -300,6 +299,14 @@ class Worker:
             except Exception:
                 _LOG.exception("webhooks met a fault; they go on")
                 self.stop.wait(5.0)
+
+
+def _version() -> str:
+    """The planner's own word for it, without loading the planner: that is the search process's."""
+    try:
+        return metadata.version("planfront")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
 
 
 class _Wake:

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_api
-from api.kinds import problems_of_kind
+from api.asked import problems_of_kind
 from api.runs import RunChanges, RunOptions
 from api.settings import Settings
 from costmodels import artifact_rows

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from api.cli import main
 from api.client import Client, ServiceError
 from api.store import Filters, Store, open_store
 from tests.api.conftest import ROOT, small_request
+from tests.api.test_studies import FLEET
 
 ENVIRON = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -45,12 +48,6 @@ class Served:
         self.store: Store = open_store(
             environ.get("PLANFRONT_DATABASE_URL") or f"sqlite:///{folder}/planfront.db"
         )
-
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "api.cli", *arguments],
-            capture_output=True, text=True, timeout=60, env=self.environ, cwd=self.folder,
-        )  # fmt: skip
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -151,30 +148,112 @@ def test_a_killed_workers_run_is_resumed_by_the_next(served: Served) -> None:
         assert client.run(run["id"])["attempt"] == 2
 
 
-def test_the_command_line_asks_the_server(served: Served) -> None:
-    (served.folder / "request.json").write_text(json.dumps(small_request()))
-    planned = served.command(
-        "plan", "request.json", "--server", served.url, "--json", "result.json", "--quiet"
-    )
-    assert planned.returncode == 0, planned.stderr
-    assert json.loads((served.folder / "result.json").read_text())["status"] == "ok"
+@dataclass
+class Line:
+    """Runs commands in this process; what each wrote."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        assert main(arguments) == code, self.capsys.readouterr()
+        self.out, self.err = self.capsys.readouterr()
+        return self.out
+
+
+@pytest.fixture
+def line(served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Line:
+    monkeypatch.chdir(served.folder)
+    monkeypatch.setenv("PLANFRONT_DATA_DIR", str(served.folder))
+    return Line(capsys)
+
+
+def test_the_command_line_asks_the_server(served: Served, line: Line) -> None:
+    there = ("--server", served.url)
+    Path("request.json").write_text(json.dumps(small_request()))
+    line("plan", "request.json", *there, "--json", "result.json", "--quiet")
+    assert json.loads(Path("result.json").read_text())["status"] == "ok"
     one = {**small_request(), "plan": {"worker": {}}}
-    (served.folder / "one.json").write_text(json.dumps(one))
-    judged = served.command("evaluate", "one.json", "--server", served.url, "--json", "-")
-    assert json.loads(judged.stdout)["status"] == "ok"
-    wrong = served.command("plan", "one.json", "--server", served.url)
-    assert wrong.returncode == 2
-    assert "plan" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    rows = json.loads(served.command("runs", "--json", "--limit", "2", "--server", served.url).stdout)
+    Path("one.json").write_text(json.dumps(one))
+    assert json.loads(line("evaluate", "one.json", *there, "--json", "-"))["status"] == "ok"
+    line("plan", "one.json", *there, code=2)
+    assert "plan" in line.err
+    rows = json.loads(line("runs", "--json", "--limit", "2", *there))
     assert len(rows) == 2
-    assert rows == json.loads(served.command("runs", "--json", "--limit", "2").stdout)
-    done = next(run["id"] for run in served.store.runs(Filters(status=("done",))))
-    same = served.command("rerun", done)
-    assert same.returncode == 0, same.stdout + same.stderr
-    assert "bit for bit" in same.stdout
-    gone = served.command("runs", "0" * 28, "--server", served.url)
-    assert (gone.returncode, gone.stderr) == (2, "planfront: error: There is no run of this id.\n")
+    assert rows == json.loads(line("runs", "--json", "--limit", "2"))
+    done = [run["id"] for run in served.store.runs(Filters(status=("done",), kind="plan"))]
+    assert "bit for bit" in line("rerun", done[0])
+    assert "TTFT" not in line("compare", done[0], done[1], *there)
+    assert line("compare", done[0], done[1], "--json", *there) == line("compare", done[0], done[1], "--json")
+    line("compare", done[0], code=2)
+    line("runs", "0" * 28, *there, code=2)
+    assert line.err == "planfront: error: There is no run of this id.\n"
+    assert len(json.loads(line("catalog", "costmodels", "--json", *there))) > 1
+
+
+def test_fleets_and_sweeps_are_asked_of_the_server(served: Served, line: Line) -> None:
+    there = ("--server", served.url)
+    trace = [{"arrival_s": n / 10, "input_tokens": 100 + n, "output_tokens": 20} for n in range(40)]
+    Path("trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trace))
+    fleet = {**FLEET, "models": [{**FLEET["models"][0], "workload": {"trace": {"path": "trace.jsonl"}}}]}
+    Path("fleet.json").write_text(json.dumps(fleet))
+    line("fleet", "fleet.json", *there, "--json", "there.json")
+    assert "run " in line.err
+    line("fleet", "fleet.json", "--json", "here.json", "--quiet", "--workers", "1")
+    there_, here = (json.loads(Path(name).read_text()) for name in ("there.json", "here.json"))
+    assert there_["periods"] == here["periods"]
+    Path("request.json").write_text(json.dumps(small_request()))
+    asked = ("sweep", "request.json", "--vary", "rate", "--values", "1,2", "--quiet", "--json", "-")
+    points = json.loads(line(*asked, *there))["points"]
+    assert points == json.loads(line(*asked))["points"]
+    line("sweep", "request.json", "--vary", "model", "--values", "1", *there, code=2)
+    assert line.err.startswith("planfront: error: vary: ")
+    Path("fleet.json").write_text(json.dumps({**FLEET, "models": []}))
+    line("fleet", "fleet.json", *there, code=2)
+    assert line.err.startswith("planfront: error: models: ")
+
+
+def test_measured_runs_are_compared_by_the_server(served: Served, line: Line) -> None:
+    first = (ROOT / "examples" / "measured.jsonl").read_text().splitlines()[0]
+    Path("measured.jsonl").write_text(f'{first}\n{{"id": "x"}}\n')
+    file = "measured.jsonl"
+    there = json.loads(line("validate", file, "--json", "-", "--server", served.url))
+    here = json.loads(line("validate", file, "--json", "-"))
+    assert (there["runs"], there["summary"]) == (here["runs"], here["summary"])
+    assert [row["id"] for row in there["errors"]] == [row["id"] for row in here["errors"]] == ["x"]
+    line("validate", file, "--server", "http://127.0.0.1:1", code=2)
+    assert "--server" in line.err
+
+
+def test_a_batch_of_the_server_is_taken_up_again(
+    served: Served, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after its submits: the same runs, each once, and the answers that a local batch gives."""
+    rows: list[Any] = [
+        {"id": n, **small_request(objectives=[name])} for n, name in ((1, "latency"), (2, "cost"))
+    ]
+    rows += [{"id": "bad", **small_request(model="nope")}, [1]]
+    Path("batch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = ("batch", "batch.jsonl", "--out", "there", "--server", served.url)
+    before = len(served.store.runs(Filters()))
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        patch.setattr(Client, "wait", interrupted)
+        line(*batch, code=130)
+    assert len(served.store.runs(Filters())) == before + 2
+    line(*batch, code=2)  # answers are there: the bad lines'
+    line(*batch, "--resume")
+    assert "4 requests: 2 planned" in line.out
+    assert len(served.store.runs(Filters())) == before + 2
+    line("batch", "batch.jsonl", "--out", "here", "--workers", "1", "--quiet")
+    for name in ("000001-1.json", "000002-2.json", "000003-bad.json", "000004.json"):
+        there, here = (json.loads((Path(folder) / name).read_text()) for folder in ("there", "here"))
+        assert there["status"] == here["status"]
+        assert (there.get("front"), there.get("plans")) == (here.get("front"), here.get("plans"))
+        assert (there.get("error") or {}).get("path") == (here.get("error") or {}).get("path")
+    assert line(*batch, "--resume", "--quiet").count("4 of them kept") == 1
 
 
 def test_a_term_signal_gives_back_what_runs_and_ends_streams(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from api.kinds import Asked, admit_kind, uploads_of
+from api.asked import Asked, admit_kind
+from api.kinds import uploads_of
 from api.settings import Settings
 from api.solver import Job, make_planner, solve
 from api.store import Store
@@ -125,11 +126,24 @@ def test_the_same_key_at_another_address_is_another_question(served: tuple[TestC
     client.delete(f"/api/v1/runs/{first['id']}")
 
 
-@pytest.mark.parametrize("kind", ["fleet", "sweep"])
-def test_an_interrupted_study_goes_on_where_it_was(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("plan", small_request()),
+        # Nothing meets it: what would help is searched for as well, and resumed as well.
+        ("plan", small_request(slo={"tpot_s": {"p95": 0.0008}})),
+        ("fleet", FLEET),
+        ("sweep", PLANNED),
+        ("sweep", JUDGED),
+    ],
+    ids=["plan", "infeasible", "fleet", "planned", "judged"],
+)
+def test_an_interrupted_run_goes_on_where_it_was(
+    kind: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cut off after some simulations, resumed from the checkpoint: the same answer, nothing done twice."""
     monkeypatch.setattr("api.solver.CHECKPOINT_S", 0.0)
-    request = json.dumps(admit_kind(kind, BODIES[kind], Settings()).request)
+    request = json.dumps(admit_kind(kind, body, Settings()).request)
     whole = solve(make_planner(), Job("a", request, kind=kind), lambda *_: None, lambda: False)
     parts: list[bytes] = []
 
