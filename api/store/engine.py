@@ -102,6 +102,21 @@ class Database:
                 ) from None
             self.path = None
 
+    def checkpoint_apart(self) -> None:
+        """Leave it to `checkpoint` to bring the log into the file: no writer waits for the disk then.
+
+        For connections made from now on; without effect on PostgreSQL.
+        """
+        if self.is_sqlite:
+            self.engine.dispose()
+            event.listen(self.engine, "connect", _no_checkpoints)
+
+    def checkpoint(self) -> None:
+        """Bring SQLite's log into the file, beside readers and writers."""
+        if self.is_sqlite:
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+
     @property
     def is_sqlite(self) -> bool:
         """One file on this machine."""
@@ -231,6 +246,10 @@ def _pragmas(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute("PRAGMA cache_size=-16000")
     cursor.close()
+
+
+def _no_checkpoints(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA wal_autocheckpoint=0")
 
 
 def _begin(connection: Connection) -> None:

@@ -24,6 +24,8 @@ CHECKPOINT: Table = tables.Checkpoint.__table__  # type: ignore[attr-defined]
 EVENT: Table = tables.Event.__table__  # type: ignore[attr-defined]
 DELIVERY: Table = tables.Delivery.__table__  # type: ignore[attr-defined]
 
+#: Built once: it goes with every change.
+_INSERT_EVENT = insert(EVENT)
 #: The channel on which PostgreSQL tells waiting workers of a new run; a hint only, polling finds it too.
 CHANNEL = "planfront_runs"
 #: Pauses after a worker was lost with a run, in s: the next may be lost for the same reason.
@@ -397,7 +399,9 @@ class Queue:
         self, connection: Connection, run_id: str, seq: int, at: float, kind: str, data: Mapping[str, Any]
     ) -> None:
         words = json.dumps(data, allow_nan=False, separators=(",", ":"))
-        connection.execute(insert(EVENT).values(run_id=run_id, seq=seq, at=at, kind=kind, data=words))
+        connection.execute(
+            _INSERT_EVENT, {"run_id": run_id, "seq": seq, "at": at, "kind": kind, "data": words}
+        )
 
     def _wake(self, connection: Connection) -> None:
         """Tell waiting workers, on PostgreSQL; sent when the transaction commits."""

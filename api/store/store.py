@@ -36,7 +36,8 @@ _PLACE = select(
     select(func.max(RUN.c.turn)).where(_OWN).scalar_subquery().label("last"),
     select(func.min(RUN.c.turn)).where(_QUEUED).scalar_subquery().label("head"),
 )
-#: Built once: the most frequent query of all.
+#: Built once: these are the most frequent of all.
+_INSERT_RUN = insert(RUN)
 _ONE = select(*_DETAIL).where(RUN.c.id == bindparam("run_id"))
 
 
@@ -88,37 +89,36 @@ class Store(Queue, Keys, Uploads, Operations):
             place = connection.execute(_PLACE, {"owner": run.owner}).one()
             if most_waiting is not None and place.waiting >= most_waiting:
                 raise QuotaReached
-            connection.execute(
-                insert(RUN).values(
-                    id=run_id,
-                    owner=run.owner,
-                    status=Status.QUEUED,
-                    version=1,
-                    # An owner's runs take one turn each, from the turn that is served now on.
-                    turn=(place.head or 0) if place.last is None else place.last + 1,
-                    label=run.label,
-                    notes=run.notes,
-                    model=run.model,
-                    kind=run.kind,
-                    models="|" + "".join(f"{model}|" for model in run.models) if run.models else "",
-                    devices="|" + "".join(f"{device}|" for device in run.devices),
-                    engine=run.engine,
-                    request=run.request,
-                    request_sha256=hashlib.sha256(run.request.encode()).hexdigest(),
-                    seed=run.seed,
-                    versions=run.versions,
-                    rerun_of=run.rerun_of,
-                    webhook_url=run.webhook_url,
-                    webhook_secret=run.webhook_secret,
-                    created_at=now,
-                    updated_at=now,
-                    available_at=0.0,
-                    attempt=0,
-                    crashes=0,
-                    losses=0,
-                    cancel_requested=False,
-                )
-            )
+            values = {
+                "id": run_id,
+                "owner": run.owner,
+                "status": Status.QUEUED,
+                "version": 1,
+                # An owner's runs take one turn each, from the turn that is served now on.
+                "turn": (place.head or 0) if place.last is None else place.last + 1,
+                "label": run.label,
+                "notes": run.notes,
+                "model": run.model,
+                "kind": run.kind,
+                "models": "|" + "".join(f"{model}|" for model in run.models) if run.models else "",
+                "devices": "|" + "".join(f"{device}|" for device in run.devices),
+                "engine": run.engine,
+                "request": run.request,
+                "request_sha256": hashlib.sha256(run.request.encode()).hexdigest(),
+                "seed": run.seed,
+                "versions": run.versions,
+                "rerun_of": run.rerun_of,
+                "webhook_url": run.webhook_url,
+                "webhook_secret": run.webhook_secret,
+                "created_at": now,
+                "updated_at": now,
+                "available_at": 0.0,
+                "attempt": 0,
+                "crashes": 0,
+                "losses": 0,
+                "cancel_requested": False,
+            }
+            connection.execute(_INSERT_RUN, values)
             self._event(connection, run_id, 1, now, "status", {"status": Status.QUEUED})
             self._wake(connection)
         return run_id, True
