@@ -30,7 +30,7 @@ from api.lifecycle import ENDS, Status
 from api.settings import Settings
 from api.solver import versions
 from api.store import Filters, IdempotencyConflict, NewRun, QuotaReached, Store, is_id
-from api.webhooks import problem_of_url
+from api.webhooks import key_of, problem_of_url
 from hardware import InputError, load_catalog
 from planner.models import load_model
 
@@ -50,7 +50,10 @@ class Webhook(BaseModel):
 
     url: str = Field(max_length=2000, description="an https:// address")
     secret: str = Field(
-        min_length=16, max_length=200, description="signs what is sent (HMAC-SHA256); never shown again"
+        min_length=16,
+        max_length=200,
+        description="signs what is sent (HMAC-SHA256): a text, or `whsec_` and the base64 of a key; never "
+        "shown again",
     )
 
 
@@ -460,6 +463,12 @@ def etag(run: Mapping[str, Any]) -> str:
     return f'"{run["version"]}"'
 
 
+def matches(if_none_match: str, tag: str) -> bool:
+    """Whether an If-None-Match header names this tag."""
+    known = {item.strip().removeprefix("W/") for item in if_none_match.split(",")}
+    return tag in known or if_none_match.strip() == "*"
+
+
 async def reproduction(runs: Runs, run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Of a rerun that has ended: whether its answer is that of the first run, else what differs."""
     if not run["rerun_of"] or run["status"] not in ENDS:
@@ -550,6 +559,12 @@ def _options(data: Any, settings: Settings) -> RunOptions:
         problem = problem_of_url(options.webhook.url, allow_private=bool(settings.webhook_private))
         if problem:
             raise unprocessable([("run.webhook.url", problem)])
+        try:
+            key = key_of(options.webhook.secret)
+        except ValueError:
+            raise unprocessable([("run.webhook.secret", "is no base64 after `whsec_`")]) from None
+        if len(key) < 16:
+            raise unprocessable([("run.webhook.secret", "is a key of less than 16 bytes")])
     return options
 
 

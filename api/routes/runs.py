@@ -29,7 +29,7 @@ from api.run_schemas import (
     run_body,
     run_problems,
 )
-from api.runs import Runs, canonical_device, canonical_model, detail, etag, reproduction, view
+from api.runs import Runs, canonical_device, canonical_model, detail, etag, matches, reproduction, view
 from api.store import Filters, decode_cursor, encode_cursor
 from api.study_schemas import FleetAnswer, SweepAnswer
 from hardware import InputError
@@ -201,7 +201,7 @@ async def get_run(
     wait_s = _wait_s(prefer)
     if wait_s is not None and run["status"] not in ENDS:
         run = await runs.wait(run_id, wait_s)
-    if _matches(if_none_match, etag(run)):
+    if matches(if_none_match, etag(run)):
         return Response(status_code=304, headers=_headers(run))
     return await _answer(runs, run, 200, {})
 
@@ -271,7 +271,7 @@ async def get_result(
     """GET /api/v1/runs/{id}/result."""
     body, sha256 = await runs.result(run_id)
     headers = {"ETag": f'"{sha256[:32]}"', "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
-    if _matches(if_none_match, headers["ETag"]):
+    if matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     if "gzip" in request.headers.get("accept-encoding", ""):
         # It is stored compressed: nothing to be done.
@@ -389,11 +389,6 @@ async def _answer(runs: Runs, run: Mapping[str, Any], status: int, headers: Mapp
 
 def _headers(run: Mapping[str, Any]) -> dict[str, str]:
     return {"ETag": etag(run), "Cache-Control": "private, no-cache"}
-
-
-def _matches(if_none_match: str, tag: str) -> bool:
-    known = {item.strip().removeprefix("W/") for item in if_none_match.split(",")}
-    return tag in known or if_none_match.strip() == "*"
 
 
 def _expected(if_match: str) -> int | None:

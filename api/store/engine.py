@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._own = threading.local()
+        self._kept: list[sqlite3.Connection] = []
         try:
             parsed = make_url(url)
         except ArgumentError:
@@ -127,6 +130,18 @@ class Database:
         """A transaction that changes nothing."""
         with self.engine.connect() as connection:
             yield connection
+
+    def peek(self, statement: str, *arguments: Any) -> list[Any]:
+        """Rows of SQLite by plain SQL, on a connection that this thread keeps: for what is asked most."""
+        connection: sqlite3.Connection | None = getattr(self._own, "connection", None)
+        if connection is None:
+            assert self.path is not None
+            connection = sqlite3.connect(
+                self.path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
+            )
+            self._own.connection = connection
+            self._kept.append(connection)
+        return connection.execute(statement, arguments).fetchall()
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -213,6 +228,9 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        while self._kept:
+            self._kept.pop().close()
+        self._own = threading.local()
         self.engine.dispose()
 
 

@@ -102,6 +102,14 @@ def test_the_budget_is_capped_by_the_runs_own_limit(served: tuple[TestClient, St
         (small_request(run={"webhook": {"url": "https://a.example/"}}), "run.webhook.secret"),
         (small_request(run={"webhook": {"url": "http://a.example/", "secret": "s" * 16}}), "run.webhook.url"),
         (
+            small_request(run={"webhook": {"url": "https://a.example/", "secret": "whsec_" + "?" * 16}}),
+            "run.webhook.secret",
+        ),
+        (
+            small_request(run={"webhook": {"url": "https://a.example/", "secret": "whsec_c2hvcnQgYQ=="}}),
+            "run.webhook.secret",
+        ),
+        (
             small_request(run={"webhook": {"url": "https://127.0.0.1/", "secret": "s" * 16}}),
             "run.webhook.url",
         ),
@@ -443,6 +451,33 @@ def test_a_rerun_names_the_version_that_differs(
     assert found["same"] is False
     assert [row["what"] for row in found["differs"]] == ["catalog"]
     assert found["reason"] == "other versions: catalog"
+
+
+def test_what_is_asked_most_is_answered_as_the_route_does(served: tuple[TestClient, Store]) -> None:
+    """The short way and the long way: the same body and headers, at every version."""
+    client, store = served
+    run_id = client.post(RUNS, json=small_request()).json()["id"]
+    where = f"{RUNS}/{run_id}"
+
+    def same() -> str:
+        short, long = client.get(where), client.get(where, headers={"prefer": "wait=0"})
+        assert (short.status_code, short.content) == (long.status_code, long.content)
+        for headers in (short.headers, long.headers):
+            headers.pop("x-request-id")
+        assert dict(short.headers) == dict(long.headers)
+        return str(short.json()["status"])
+
+    assert same() == "queued"
+    client.patch(where, json={"label": "seen"})
+    assert same() == "queued"
+    assert client.get(where).json()["label"] == "seen"
+    work(store)
+    assert same() == "done"
+    again = client.post(f"{where}/rerun").json()["id"]
+    work(store)
+    assert client.get(f"{RUNS}/{again}").json()["reproduction"]["same"] is True
+    metrics = client.get("/metrics").text
+    assert 'planfront_http_requests_total{method="GET",route="/api/v1/runs/{run_id}",status="200"}' in metrics
 
 
 def test_a_resumed_run_has_the_answer_of_one_that_was_not(
