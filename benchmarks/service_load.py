@@ -31,6 +31,8 @@ from api.client import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECTIONS = 32
+#: Runs that are asked for in turn.
+RUNS = 50
 
 
 def long_request() -> dict[str, Any]:
@@ -220,8 +222,9 @@ def load(given: argparse.Namespace, api: int, port: int) -> int:
         run = client.submit(long_request())
         while client.run(run["id"])["progress"] is None:  # until it searches in earnest
             time.sleep(0.2)
-        path = f"/api/v1/runs/{run['id']}"
-        gets = (given.get_rps, [get_bytes(path)])
+        # The run that is searched changes all the time; those that wait are asked for as well.
+        asked = [run, *(client.submit(small_request(1_000_000 + number)) for number in range(RUNS - 1))]
+        gets = (given.get_rps, [get_bytes(f"/api/v1/runs/{one['id']}") for one in asked])
         measure(api, port, {"get": (50.0, gets[1])}, 1.0)
         report = {"GET alone": measure(api, port, {"get": gets}, given.seconds)}
         count = int(given.post_rps * given.seconds)
