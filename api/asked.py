@@ -195,3 +195,36 @@ def _collect(look: Callable[[], object]) -> list[tuple[str, str]]:
 
 def _is_judged(vary: str) -> bool:
     return re.match(JUDGED, vary) is not None
+
+
+# --- plans of studies -------------------------------------------------------------------------------
+
+
+def studied_plan(
+    kind: str, answer: Mapping[str, Any], plan_id: str, model: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(a plan of a fleet or a sweep, the planning request that it answers). Raises LookupError with words.
+
+    `model`: which of a fleet's, where several are served by plans of one id.
+    """
+    if kind == SWEEP:
+        for point in answer["points"]:
+            if point["plan_id"] == plan_id:
+                return point["plan"], varied(answer["request"], answer["vary"], [point["value"]])[0].to_dict()
+        raise LookupError("The sweep recommends no plan of this id.")
+    rows = {
+        row["model"]: row["plan"]
+        for period in answer["periods"]
+        for row in period["assignments"]
+        if row["plan_id"] == plan_id and model in (None, row["model"])
+    }
+    if len(rows) > 1:
+        raise LookupError(f"Several models are served by plans of this id; add `model`: {', '.join(rows)}.")
+    for name, plan in rows.items():
+        asked = next(one for one in answer["request"]["models"] if one["name"] == name)
+        return plan, {
+            "model": asked["model"],
+            "engine": asked.get("engine", {}),
+            "cluster": answer["request"]["cluster"],
+        }
+    raise LookupError("The fleet has no plan of this id.")

@@ -305,10 +305,9 @@ def _line(run: dict[str, Any]) -> str:
     found = (run.get("summary") or {}).get("recommended") or {}
     words = f"{found['plan_id']}" if found else (run.get("error") or {}).get("detail", "")
     label = f" [{run['label']}]" if run["label"] else ""
+    asked = run["model"] if run["kind"] == "plan" else f"{run['kind']} of {run['model']}"
     devices = ",".join(run["devices"])
-    return (
-        f"{run['id']}  {run['status']:<11} {run['created_at']}  {run['model']} on {devices}{label}  {words}"
-    )
+    return f"{run['id']}  {run['status']:<11} {run['created_at']}  {asked} on {devices}{label}  {words}"
 
 
 def rerun(given: argparse.Namespace) -> int:

@@ -199,11 +199,14 @@ class Client:
         """Runs side by side."""
         return self._json("GET", f"/api/v1/runs/compare?{urlencode({'ids': ','.join(run_ids)})}")
 
-    def export(self, run_id: str, target: str, plan_id: str = "recommended") -> Json:
-        """A plan as `files` by name, with `notes`."""
+    def export(
+        self, run_id: str, target: str, plan_id: str = "recommended", model: str | None = None
+    ) -> Json:
+        """A plan as `files` by name, with `notes`. `model`: which of a fleet's."""
         path = f"/api/v1/runs/{quote(run_id, safe='')}/plans/{quote(plan_id, safe='')}/export"
         headers = {"Accept": "application/json"}
-        return self._json("GET", f"{path}?{urlencode({'target': target})}", None, headers)
+        query = {"target": target, **({"model": model} if model else {})}
+        return self._json("GET", f"{path}?{urlencode(query)}", None, headers)
 
     def events(self, run_id: str, after: int = 0) -> Iterator[Json]:
         """What happens to a run, to its end: `{"id", "event", "data"}`. Comes back after interruptions."""

@@ -33,6 +33,7 @@ class FleetRow(BaseModel):
     replicas: int
     devices: int
     rate_rps_per_replica: float
+    plan_id: str
     plan: dict[str, Any]
     usd_per_hour: float
     power_w: float

@@ -468,6 +468,7 @@ def _period(
                 "replicas": count,
                 "devices": plan.devices,
                 "rate_rps_per_replica": choice.rate_rps,
+                "plan_id": plan.id,
                 "plan": plan.to_dict(),
                 "usd_per_hour": member.evaluator.price(plan),
                 "power_w": metrics.get("power_w", 0.0) * count,

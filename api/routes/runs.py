@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from api.asked import studied_plan
 from api.compare import compare
 from api.errors import ApiError, unprocessable
 from api.keys import Principal
@@ -33,8 +34,7 @@ from api.runs import Runs, canonical_device, canonical_model, detail, etag, matc
 from api.store import Filters, decode_cursor, encode_cursor
 from api.study_schemas import FleetAnswer, SweepAnswer
 from hardware import InputError
-from planner import PlanningResult
-from planner.exports import TARGETS, export_result
+from planner import PlanningResult, exports
 
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
 _JSON = "application/json"
@@ -329,7 +329,8 @@ async def get_plan(run_id: RunId, plan_id: PlanId, runs: Work) -> Response:
     "/{run_id}/plans/{plan_id}/export",
     operation_id="exportPlan",
     summary="A plan as a command line or manifest",
-    description="Text by default; JSON with `Accept: application/json`.",
+    description="Text by default; JSON with `Accept: application/json`. Plans of fleets and sweeps as well, "
+    "by the ids in their results.",
     responses={
         200: {
             "model": ExportAnswer,
@@ -344,20 +345,30 @@ async def export_plan(
     plan_id: PlanId,
     request: Request,
     runs: Work,
-    target: Annotated[str, Query(description=", ".join(TARGETS), max_length=40)],
+    target: Annotated[str, Query(description=", ".join(exports.TARGETS), max_length=40)],
+    model: Annotated[
+        str | None,
+        Query(description="of a fleet: the name of the model, where it is not clear", max_length=200),
+    ] = None,
 ) -> Response:
     """GET /api/v1/runs/{id}/plans/{plan_id}/export."""
-    result = await runs.plans_of(run_id)
-    entry = _entry(result, plan_id)
+    run = await runs.get(run_id)
+    result = await runs.plain_result(run_id)
     try:
-        artifact = export_result(result, entry["id"], target)
+        if run["kind"] == PLAN:
+            plan_id = _entry(result, plan_id)["id"]
+            artifact = exports.export_result(result, plan_id, target)
+        else:
+            artifact = exports.export_plan(*studied_plan(run["kind"], result, plan_id, model), target)
+    except LookupError as error:
+        raise ApiError(404, str(error.args[0]), kind="no-plan") from None
     except InputError as error:
         path = error.path.removeprefix("--")
         message = f"{error.message} ({error.hint})" if error.hint else error.message
         raise unprocessable([(path, message)]) from None
     if _JSON in request.headers.get("accept", ""):
         answer = {
-            "plan_id": entry["id"],
+            "plan_id": plan_id,
             "target": artifact.target,
             "files": artifact.files,
             "notes": list(artifact.notes),

@@ -87,6 +87,10 @@ def test_a_stored_study_answers_as_the_planner_does(
         expected = sweep(body["request"], body["vary"], body["values"], planner=Planner())
         assert run["summary"]["points"] == 2
     assert plain(kind, answer) == json.loads(json.dumps(plain(kind, expected)))
+    if kind == "sweep":
+        plan_id = answer["points"][-1]["plan_id"]
+        exported = client.get(f"/api/v1/runs/{run['id']}/plans/{plan_id}/export?target=vllm")
+        assert "vllm serve" in exported.text
     events = client.get(f"/api/v1/runs/{run['id']}/events").text
     assert "event: end" in events
     # And again, bit for bit.
@@ -114,6 +118,15 @@ def test_filters_and_calls_of_plan_searches(served: tuple[TestClient, Store]) ->
     for path in ("plans/recommended", "plans/recommended/export?target=vllm"):
         answer = client.get(f"/api/v1/runs/{fleet['id']}/{path}")
         assert (answer.status_code, answer.json()["type"][-7:]) == (404, "no-plan")
+    rows = client.get(f"/api/v1/runs/{fleet['id']}/result").json()["periods"][0]["assignments"]
+    for row in rows:
+        where = f"/api/v1/runs/{fleet['id']}/plans/{row['plan_id']}/export?target=kubernetes"
+        text = client.get(f"{where}&model={row['model']}").text
+        assert f"replicas: {row['replicas']}" in text
+        assert {"small": "Llama-3.2-1B", "large": "Llama-3.1-8B"}[row["model"]] in text
+        assert client.get(f"{where}&model=other").status_code == 404
+        several = len({other["model"] for other in rows if other["plan_id"] == row["plan_id"]}) > 1
+        assert client.get(where).status_code == (404 if several else 200)
     compared = client.get(f"/api/v1/runs/compare?ids={plans['id']},{fleet['id']}")
     assert compared.status_code == 404
     assert "fleet" in compared.json()["detail"]
