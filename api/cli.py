@@ -172,6 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", metavar="KEY", action="append", default=[], help="parts of keys to fit; repeatable"
     )
     train.add_argument("--power", metavar="DIR", help="tables of sustained runs with power readings")
+    train.add_argument("--apex", metavar="DIR", help="tables in APEX's format of GEMMs and collectives")
     train.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the fits (default: 0)")
     train.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
 

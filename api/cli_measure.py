@@ -46,7 +46,10 @@ def train(given: argparse.Namespace) -> int:
 
     data = Path(given.data) if given.data else None
     power = Path(given.power) if given.power else None
-    cards = fit(data, out, only=given.only, seed=given.seed, workers=workers, power_dir=power, progress=print)
+    cards = fit(
+        data, out, only=given.only, seed=given.seed, workers=workers, power_dir=power,
+        apex_dir=Path(given.apex) if given.apex else None, progress=print,
+    )  # fmt: skip
     size_mb = sum(card.size_bytes for card in cards) / 1e6
     print(f"{len(cards)} predictors, {size_mb:.1f} MB, written to {out}")
     return DONE

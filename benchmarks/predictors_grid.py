@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from costmodels.learned.data import Problem, find_tables, problems
 from costmodels.learned.shapes import COLUMNS
-from costmodels.learned.train import split
+from costmodels.learned.train import JUDGED_FROM, hashed
 
 FloatArray = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -107,7 +107,7 @@ def unseen(problem: Problem) -> tuple[FloatArray, Mask]:
     label = np.asarray(problem.group).astype(str)
     names, inverse = np.unique(label, return_inverse=True)
     if len(names) >= FEW_GROUPS:
-        _, _, asked = split(label)
+        asked = hashed(label) >= JUDGED_FROM
         return between_groups(problem, ~asked, asked), asked
     order = sorted(range(len(names)), key=lambda i: zlib.crc32(str(names[i]).encode()))
     fold_of = np.empty(len(names), dtype=np.intp)

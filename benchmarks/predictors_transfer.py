@@ -22,7 +22,7 @@ from costmodels.fitted import Choice
 from costmodels.learned import data
 from costmodels.learned.data import Problem, find_tables
 from costmodels.learned.shapes import Batch, make_batch
-from costmodels.learned.train import fit, judge
+from costmodels.learned.train import choose_few, fit, fit_few, judge
 from hardware import load_catalog
 
 SYSTEMS = ("h100_sxm", "a100_sxm", "l40s", "b200_sxm")
@@ -59,18 +59,19 @@ def scored(error: np.ndarray) -> str:
 
 
 def few(problem: Problem, batch: Batch, rows: int, prior: Any = None) -> tuple[str, float]:
-    """(error on all other rows, share of them inside the interval) of a forest on some rows."""
+    """(error on all other rows, share of them inside the interval) of what some rows teach."""
     chosen = np.zeros(len(problem.seconds), dtype=bool)
     chosen[np.random.default_rng(0).choice(len(chosen), rows, replace=False)] = True
     ratio = np.log(problem.seconds / batch.base_s)
-    trees = fit(batch, problem.seconds, problem.family, 0, chosen, few=True, prior=prior)
-    error = ratio[~chosen] - trees.predict(batch.features[~chosen])
     some = Problem(
-        problem.device_name, problem.engine, problem.family, problem.dtype, "", problem.raw[chosen],
-        problem.seconds[chosen], np.asarray(problem.group)[chosen], own=True,
+        problem.device_name, problem.engine, problem.family, problem.dtype, "",
+        problem.raw[chosen], problem.seconds[chosen], np.asarray(problem.group)[chosen], own=True,
     )  # fmt: skip
     part = Batch(batch.raw[chosen], batch.base_s[chosen], batch.features[chosen])
-    low, high = np.array(judge(part, some, ratio[chosen], 0, prior)[2]).T
+    form = choose_few(part, some.seconds, 0, prior)
+    trees = fit_few(part, some.seconds, 0, form)
+    error = ratio[~chosen] - trees.predict(batch.features[~chosen])
+    low, high = np.array(judge(part, some, 0, form).bounds).T
     return scored(error), float(((error >= low.min()) & (error <= high.max())).mean())
 
 
@@ -102,7 +103,7 @@ def read(tables: Path, system: str, engine: str, table: Any, dtypes: tuple[str, 
     for dtype, (version, rows, dropped) in data._newest(tables / system, system, engine, table).items():
         if dtype in dtypes:
             part, raw, group = table.make(rows)
-            kept = data._clean(
+            kept = data.clean(
                 device, table.family, dtype, raw, part["seconds"].to_numpy(), group, dropped, 400
             )
             if kept:
@@ -144,7 +145,7 @@ def older(
         if len(frame) < 2000:
             continue
         part, raw, group = table.make(frame)
-        kept = data._clean(device, table.family, new.dtype, raw, part["seconds"].to_numpy(), group, {}, 400)
+        kept = data.clean(device, table.family, new.dtype, raw, part["seconds"].to_numpy(), group, {}, 400)
         if kept:
             return Problem(new.device_name, engine, table.family, new.dtype, path.parent.name, *kept)
     return None

@@ -89,7 +89,9 @@ def collective_keys(op: Collective, device: Device, engine: str) -> Iterator[tup
     for name, own in names:
         if op.kind == "all_reduce" and engine:
             yield f"{name}/{engine}/all_reduce/{op.group.size}", own
-        yield f"{name}/nccl/{op.kind}/{op.group.size}", own
+        # A pair is a pair, however many devices the node has.
+        size = 2 if op.kind == "point_to_point" else op.group.size
+        yield f"{name}/nccl/{op.kind}/{size}", own
 
 
 def learned_collective(

@@ -96,6 +96,7 @@ class Problem:
     dropped: dict[str, int] = field(default_factory=dict)
     watts: FloatArray | None = None  # mean power of each row, where that is what is learned
     own: bool = False  # a user's measurements: folders that go by our devices' names
+    source: str = "aiconfigurator-core"  # whose tables
 
     @property
     def device(self) -> Device:
@@ -143,7 +144,7 @@ def problems(tables: Path) -> Iterator[Problem]:
                         continue  # engines run the small products of latent attention in 16 bits
                     part, raw, group = table.make(rows)
                     dropped = {**dropped, "of another kind of kernel": len(rows) - len(part)}
-                    found = _clean(
+                    found = clean(
                         device, table.family, dtype, raw, part["seconds"].to_numpy(), group, dropped, least
                     )
                     if found is None:
@@ -162,7 +163,7 @@ def _host_bound(engine: str, table: _Table, dtype: str) -> bool:
     return engine == "vllm" and table.family == "gemm" and dtype == "fp8_block"
 
 
-def _clean(
+def clean(
     device: Device,
     family: str,
     dtype: str,
@@ -172,6 +173,7 @@ def _clean(
     dropped: dict[str, int],
     least: int,
 ) -> tuple[FloatArray, FloatArray, Any] | None:
+    """Rows that can be true, with what is dropped counted; None when fewer than `least` are left."""
     if dtype != "any":
         arithmetic = FORMATS[dtype][2]
         if arithmetic not in device.peak_flops_per_s and arithmetic != "bf16":

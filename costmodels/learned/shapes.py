@@ -340,6 +340,28 @@ _WORK: Mapping[str, Callable[[FloatArray, str], tuple[FloatArray, FloatArray]]] 
 }
 
 
+def kinds_of(family: str, raw: FloatArray) -> FloatArray:
+    """[kinds, 4] of attention's rows: with a window (1) or without (0), KV bytes an element, least and
+    greatest head size. Kernels differ between kinds, and no kind tells of another; [0, 4] elsewhere."""
+    if family not in ("prefill", "decode"):
+        return np.zeros((0, 4))
+    windowed, kv_bytes, dim = raw[:, 5] > 0, raw[:, 6], raw[:, 4]
+    found = []
+    for a, b in np.unique(np.column_stack([windowed, kv_bytes]), axis=0):
+        own = dim[(windowed == a) & (kv_bytes == b)]
+        found.append([a, b, own.min(), own.max()])
+    return np.array(found)
+
+
+def known(kinds: FloatArray, raw: FloatArray) -> npt.NDArray[np.bool_]:
+    """[n] whether a row is of one of `kinds` (all are, where there are none)."""
+    if not len(kinds):
+        return np.ones(len(raw), dtype=bool)
+    windowed, kv_bytes, dim = raw[:, 5, None] > 0, raw[:, 6, None], raw[:, 4, None]
+    a, b, low, high = kinds.T
+    return np.asarray(((windowed == a) & (kv_bytes == b) & (dim >= low) & (dim <= high)).any(axis=1))
+
+
 def columns(family: str, **values: object) -> FloatArray:
     """Raw rows [n, c] from named columns that broadcast."""
     names: Sequence[str] = COLUMNS[family]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from costmodels.fitted import Choice
-from costmodels.learned.shapes import COLUMNS, FEATURES_VERSION, closed_form, rates_of
+from costmodels.learned.shapes import COLUMNS, FEATURES_VERSION, Matrix, closed_form, rates_of, time_class
 from costmodels.learned.trees import Trees, unpack
 from costmodels.ops import FloatArray
 from hardware.device import Device
@@ -27,6 +27,8 @@ from hardware.errors import InputError
 
 OWN = "PLANFRONT_COSTMODELS"
 POWER = "power-"
+#: No kernel was measured more exactly than this (log units).
+LEAST_SPREAD = 0.003
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +40,25 @@ class Artifact:
     id: str
     low: FloatArray  # [columns] measured range
     high: FloatArray
-    interval: FloatArray  # [classes, 2] of log(measured / predicted)
+    interval: FloatArray  # [classes, 2] of log(measured / predicted), in units of the spread if there is one
     choice: Choice
+    spread: Trees | None  # |log(measured / predicted)| to expect
+    kinds: FloatArray  # of attention that were measured: see `shapes.kinds_of`
+
+    def bounds(self, features: Matrix, base_s: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(low, high) [n] of log(measured / predicted) that hold nine times in ten."""
+        return interval_of(self.interval, self.spread, features, base_s)
+
+
+def interval_of(
+    interval: FloatArray, spread: Trees | None, features: Matrix, base_s: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """(low, high) [n]: a size class's interval [classes, 2] times the spread that trees expect of a row."""
+    low, high = interval[time_class(base_s)].T
+    if spread is None:
+        return low, high
+    unit = np.clip(spread.predict(features), LEAST_SPREAD, 1.0)
+    return np.asarray(low * unit), np.asarray(high * unit)
 
 
 def folders() -> tuple[Path, ...]:
@@ -127,7 +146,7 @@ def find_shipped(key: str, device: Device) -> Artifact | None:
 
 def _load(row: Mapping[str, Any], device: Device, twin: bool) -> Artifact | None:
     try:
-        trees, card = unpack(row["folder"] / row["file"])
+        trees, spread, card = unpack(row["folder"] / row["file"])
     except ValueError:
         return None  # a user's own, of another version's format
     if card["features"] != FEATURES_VERSION:
@@ -148,4 +167,6 @@ def _load(row: Mapping[str, Any], device: Device, twin: bool) -> Artifact | None
         np.array([card["range"][name][1] for name in names]),
         np.array(card["interval"], dtype=np.float64),
         closed_form(family, device, card["engine"], card["dtype"]),
+        spread,
+        np.array(card["kinds"], dtype=np.float64).reshape(-1, 4),
     )

@@ -2,9 +2,10 @@
 
 An internal node is a feature and a threshold; its left child is the next node, its right child comes after
 the left branch, so files need not say where. A leaf is a value. Files keep thresholds as a table of distinct
-values per feature and an index of one byte, and leaf values as 256 steps between a tree's least and greatest
-(late trees only make small corrections, so their steps are small too). They are NPZ without pickles, with a
-JSON header; equal trees make equal bytes.
+values per feature and an index of one byte, and leaf values as 64 steps between a tree's least and greatest
+(late trees only make small corrections, so their steps are small too). Trees may correct smooth parts
+(networks, Gaussian processes), and a file may hold second trees that say how far off the first ones are.
+Files are NPZ without pickles, with a JSON header; equal trees make equal bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from costmodels.learned.net import Net
+from costmodels.learned.process import Process
+
 Matrix = npt.NDArray[np.float32]
-FORMAT_VERSION = 4
+_KINDS: dict[type, str] = {Net: "net", Process: "process"}
+FORMAT_VERSION = 5
+_STEPS = 63.0
 _LEAF = 255
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -31,7 +37,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 @dataclass(frozen=True, slots=True, eq=False)
 class Trees:
     """feature [N] (255: leaf), threshold [N], right [N] absolute, value [N], roots [T]; prediction is
-    base + sum over trees of the leaf that a row falls into (left when x <= threshold)."""
+    base + sum over trees of the leaf that a row falls into (left when x <= threshold) + smooth parts."""
 
     feature: npt.NDArray[np.uint8]
     threshold: Matrix
@@ -39,13 +45,15 @@ class Trees:
     value: Matrix
     roots: npt.NDArray[np.int32]
     base: float
+    smooth: tuple[Net | Process, ...] = ()
 
     def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
         """[n] predictions of features [n, f]."""
         rows = np.ascontiguousarray(features, dtype=np.float32)
-        return np.asarray(
-            _walk(self.feature, self.threshold, self.right, self.value, self.roots, rows) + self.base
-        )
+        found = _walk(self.feature, self.threshold, self.right, self.value, self.roots, rows) + self.base
+        for part in self.smooth:
+            found = found + part.predict(rows)
+        return np.asarray(found)
 
 
 @njit(cache=True, nogil=True)
@@ -89,8 +97,8 @@ def _preorder(feature):  # type: ignore[no-untyped-def]
     return right, roots[:trees].copy()
 
 
-def from_boosting(model: Any) -> Trees:
-    """A fitted scikit-learn HistGradientBoostingRegressor as flat arrays, leaf values in 256 steps a tree."""
+def from_boosting(model: Any, smooth: tuple[Net | Process, ...] = ()) -> Trees:
+    """A fitted scikit-learn HistGradientBoostingRegressor as flat arrays, leaf values in 64 steps a tree."""
     feature: list[int] = []
     threshold: list[float] = []
     right: list[int] = []
@@ -123,11 +131,12 @@ def from_boosting(model: Any) -> Trees:
         _dequantized(*_quantized(split, np.array(value), start), split, start),
         start,
         float(np.ravel(model._baseline_prediction)[0]),
+        smooth,
     )
 
 
-def from_forest(model: Any) -> Trees:
-    """A fitted scikit-learn forest of regression trees: its mean as a sum of small leaves."""
+def from_forest(model: Any, weight: float = 1.0) -> Trees:
+    """`weight` times the mean of a fitted scikit-learn forest, as a sum of small leaves."""
     parts: list[tuple[Any, Any, Any, Any]] = []
     roots, offset = [], 0
     for estimator in model.estimators_:
@@ -140,7 +149,7 @@ def from_forest(model: Any) -> Trees:
                 np.where(inner, tree.feature, _LEAF),
                 np.where(inner, tree.threshold, 0.0),
                 np.where(inner, tree.children_right + offset, 0),
-                np.where(inner, 0.0, tree.value[:, 0, 0] / len(model.estimators_)),
+                np.where(inner, 0.0, tree.value[:, 0, 0] * weight / len(model.estimators_)),
             )
         )
         roots.append(offset)
@@ -149,6 +158,12 @@ def from_forest(model: Any) -> Trees:
     split, start = feature.astype(np.uint8), np.array(roots, np.int32)
     leaves = _dequantized(*_quantized(split, value, start), split, start)
     return Trees(split, threshold.astype(np.float32), right.astype(np.int32), leaves, start, 0.0)
+
+
+def nothing() -> Trees:
+    """No trees: predicts 0."""
+    whole = np.zeros(0, np.int32)
+    return Trees(np.zeros(0, np.uint8), np.zeros(0, np.float32), whole, np.zeros(0, np.float32), whole, 0.0)
 
 
 def joined(first: Trees, second: Trees) -> Trees:
@@ -162,6 +177,7 @@ def joined(first: Trees, second: Trees) -> Trees:
         np.concatenate([first.value, second.value]),
         np.concatenate([first.roots, second.roots + offset]).astype(np.int32),
         first.base + second.base,
+        first.smooth + second.smooth,
     )
 
 
@@ -178,9 +194,9 @@ def _quantized(
     low, high = np.full(len(roots), np.inf), np.full(len(roots), -np.inf)
     np.minimum.at(low, tree, leaves)
     np.maximum.at(high, tree, leaves)
-    scale = np.column_stack([low, np.maximum(high - low, 1e-12) / 255.0]).astype(np.float32)
+    scale = np.column_stack([low, np.maximum(high - low, 1e-12) / _STEPS]).astype(np.float32)
     steps = np.rint((leaves - scale[tree, 0]) / scale[tree, 1])
-    return np.clip(steps, 0, 255).astype(np.uint8), scale
+    return np.clip(steps, 0, _STEPS).astype(np.uint8), scale
 
 
 def _dequantized(
@@ -202,8 +218,8 @@ def _joined_planes(planes: npt.NDArray[np.uint8], kind: type[Any]) -> npt.NDArra
     return np.ascontiguousarray(planes.reshape(4, -1).T).reshape(-1).view(kind)
 
 
-def pack(trees: Trees, card: dict[str, Any]) -> bytes:
-    """A file's bytes: the trees with their card (plain JSON values)."""
+def _arrays(trees: Trees) -> dict[str, npt.NDArray[Any]]:
+    """What is alike stands together, which packs best: which nodes split, by what, at which threshold."""
     inner = trees.feature != _LEAF
     split = trees.feature[inner]
     used = np.unique(split)
@@ -215,9 +231,9 @@ def pack(trees: Trees, card: dict[str, Any]) -> bytes:
     steps, scale = _quantized(trees.feature, trees.value, trees.roots)
     index = index[np.argsort(split, kind="stable")]
     thresholds = np.concatenate([np.zeros(0, np.float32), *tables]).view(np.int32)
-    arrays = {
-        # What is alike stands together, which packs best: which nodes split, by what, at which threshold.
+    return {
         "nodes": np.array([len(inner)], np.int64),
+        "base": np.array([trees.base]),
         "inner": np.packbits(inner),
         "split": split,
         "tables": np.array([[number, len(t)] for number, t in zip(used, tables, strict=True)], np.uint16),
@@ -225,11 +241,50 @@ def pack(trees: Trees, card: dict[str, Any]) -> bytes:
         "index": index.astype(np.uint8) if max((len(t) for t in tables), default=0) <= 256 else index,
         "leaf": steps,
         "scale": _planes(np.ascontiguousarray(scale.T).reshape(-1)),
+        **{
+            f"{_KINDS[type(part)]}{number}.{name}": array
+            for number, part in enumerate(trees.smooth)
+            for name, array in part.arrays().items()
+        },
     }
-    header = {**card, "format": FORMAT_VERSION, "base": trees.base}
+
+
+def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> Trees:
+    inner = np.unpackbits(arrays["inner"])[: int(arrays["nodes"][0])].astype(bool)
+    split = arrays["split"]
+    feature = np.full(len(inner), _LEAF, np.uint8)
+    feature[inner] = split
+    sizes = arrays["tables"].reshape(-1, 2).astype(np.int64)
+    start = np.zeros(256, dtype=np.int64)
+    start[sizes[:, 0]] = np.cumsum(sizes[:, 1]) - sizes[:, 1]
+    index = np.zeros(len(split), np.int64)
+    index[np.argsort(split, kind="stable")] = arrays["index"]
+    thresholds = np.cumsum(_joined_planes(arrays["thresholds"], np.int32), dtype=np.int32).view(np.float32)
+    threshold = np.zeros(len(feature), np.float32)
+    threshold[inner] = thresholds[start[split] + index]
+    right, roots = _preorder(feature)
+    scale = _joined_planes(arrays["scale"], np.float32).reshape(2, -1).T
+    value = _dequantized(arrays["leaf"], scale, feature, roots)
+    smooth: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for name, array in arrays.items():
+        part, dot, own = name.partition(".")
+        if dot:
+            smooth.setdefault(part, {})[own] = array
+    parts = tuple(
+        (Net if part.startswith("net") else Process).from_arrays(smooth[part])
+        for part in sorted(smooth, key=lambda part: part[-1])
+    )
+    return Trees(feature, threshold, right, value, roots, float(arrays["base"][0]), parts)
+
+
+def pack(trees: Trees, card: dict[str, Any], spread: Trees | None = None) -> bytes:
+    """A file's bytes: the trees with their card (plain JSON values), and those of their spread."""
+    arrays = {f"trees/{name}": array for name, array in _arrays(trees).items()}
+    if spread is not None:
+        arrays |= {f"spread/{name}": array for name, array in _arrays(spread).items()}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        text = json.dumps(header, sort_keys=True, allow_nan=False)
+        text = json.dumps({**card, "format": FORMAT_VERSION}, sort_keys=True, allow_nan=False)
         archive.writestr(zipfile.ZipInfo("card.json", _EPOCH), text, zipfile.ZIP_DEFLATED, 9)
         for name, array in arrays.items():
             data = io.BytesIO()
@@ -239,35 +294,22 @@ def pack(trees: Trees, card: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(path: Path) -> tuple[Trees, dict[str, Any]]:
-    """The trees and the card of a file. ValueError for a file of another format."""
+def unpack(path: Path) -> tuple[Trees, Trees | None, dict[str, Any]]:
+    """The trees, those of their spread if any, and the card of a file. ValueError: another format."""
     with zipfile.ZipFile(path) as archive:
         card: dict[str, Any] = json.loads(archive.read("card.json"))
         if card.get("format") != FORMAT_VERSION:
             raise ValueError(
                 f"{path.name} has format {card.get('format')}, this version reads {FORMAT_VERSION}"
             )
-
-        def array(name: str) -> Any:
-            return np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
-
-        inner = np.unpackbits(array("inner"))[: int(array("nodes")[0])].astype(bool)
-        split = array("split")
-        feature = np.full(len(inner), _LEAF, np.uint8)
-        feature[inner] = split
-        sizes = array("tables").reshape(-1, 2).astype(np.int64)
-        start = np.zeros(256, dtype=np.int64)
-        start[sizes[:, 0]] = np.cumsum(sizes[:, 1]) - sizes[:, 1]
-        index = np.zeros(len(split), np.int64)
-        index[np.argsort(split, kind="stable")] = array("index")
-        thresholds = np.cumsum(_joined_planes(array("thresholds"), np.int32), dtype=np.int32).view(np.float32)
-        threshold = np.zeros(len(feature), np.float32)
-        threshold[inner] = thresholds[start[split] + index]
-        steps = array("leaf")
-        scale = _joined_planes(array("scale"), np.float32).reshape(2, -1).T
-    right, roots = _preorder(feature)
-    value = _dequantized(steps, scale, feature, roots)
-    return Trees(feature, threshold, right, value, roots, float(card["base"])), card
+        parts: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        for entry in archive.namelist():
+            part, _, name = entry.removesuffix(".npy").rpartition("/")
+            if part:
+                data = io.BytesIO(archive.read(entry))
+                parts.setdefault(part, {})[name] = np.lib.format.read_array(data, allow_pickle=False)
+    spread = _from_arrays(parts["spread"]) if "spread" in parts else None
+    return _from_arrays(parts["trees"]), spread, card
 
 
 def content_hash(data: bytes) -> str:

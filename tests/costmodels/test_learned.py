@@ -27,12 +27,35 @@ from costmodels import (
     lookup_prefill_attention,
     sizes,
 )
+from costmodels.learned.apex import apex_problems
 from costmodels.learned.curves import curve_time, describe
 from costmodels.learned.data import Problem, problems
-from costmodels.learned.shapes import COLUMNS, FAMILIES, bound_s, closed_form, columns, make_batch
-from costmodels.learned.store import OWN, artifact_rows, collective_curves, folders
-from costmodels.learned.train import hashed, interval, split, train, train_one
-from costmodels.learned.trees import content_hash, from_boosting, from_forest, joined, pack, unpack
+from costmodels.learned.net import fit_net
+from costmodels.learned.process import fit_process
+from costmodels.learned.shapes import (
+    COLUMNS,
+    FAMILIES,
+    Batch,
+    bound_s,
+    closed_form,
+    columns,
+    known,
+    make_batch,
+)
+from costmodels.learned.store import OWN, artifact_rows, collective_curves, folders, interval_of
+from costmodels.learned.train import (
+    Few,
+    choose_few,
+    dealt,
+    fit_few,
+    forest,
+    hashed,
+    interval,
+    judge,
+    train,
+    train_one,
+)
+from costmodels.learned.trees import content_hash, from_boosting, from_forest, joined, nothing, pack, unpack
 from hardware import InputError, load_catalog
 from hardware.device import CommGroup
 from tests.costmodels.conformance import check
@@ -71,10 +94,10 @@ def test_shipped_files_are_small_and_match_their_index() -> None:
 
 def test_every_card_is_whole() -> None:
     for name, row in ROWS.items():
-        _, card = unpack(folders()[-1] / row["file"])
+        _, _, card = unpack(folders()[-1] / row["file"])
         assert card["key"] == name
-        assert card["data"].startswith(("aiconfigurator-core", "measured power"))
-        assert card["data_license"] == "Apache-2.0"
+        assert card["data"].startswith(("aiconfigurator-core", "measured power", "APEX tables"))
+        assert card["data_license"] == ("MIT" if "APEX" in card["data"] else "Apache-2.0")
         assert card["rows"] >= 150
         assert set(card["range"]) == set(COLUMNS[card["family"].removeprefix("power-")])
         assert all(low <= 0 <= high for low, high in card["interval"])
@@ -224,11 +247,12 @@ def test_trees_equal_scikit_learn_and_survive_a_file(tmp_path: Path) -> None:
     y = x[:, 0] * 2 + np.sin(3 * x[:, 1]) + (x[:, 2] > 0.3)
     model = HistGradientBoostingRegressor(max_iter=40, max_leaf_nodes=15, random_state=0).fit(x, y)
     trees = from_boosting(model)
-    # Leaves are rounded to 256 steps of a tree's range, half a step each way: 40 trees with ranges below 1.
-    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=2e-2)
+    # Leaves are rounded to 64 steps of a tree's range, half a step each way: 40 trees with ranges below 1.
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=5e-2)
     path = tmp_path / "t.npz"
     path.write_bytes(pack(trees, {"name": "toy"}))
-    again, card = unpack(path)
+    again, none, card = unpack(path)
+    assert none is None
     assert card["name"] == "toy"
     np.testing.assert_allclose(again.predict(x), trees.predict(x), atol=1e-6)
 
@@ -241,9 +265,80 @@ def test_a_forest_is_its_trees_mean_and_adds_to_others() -> None:
     y = x[:, 0] + np.sin(4 * x[:, 1])
     model = ExtraTreesRegressor(50, min_samples_leaf=2, random_state=0).fit(x, y)
     trees = from_forest(model)
-    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=1e-2)
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=3e-2)
     twice = joined(trees, trees)
     np.testing.assert_allclose(twice.predict(x), 2 * trees.predict(x), atol=1e-6)
+
+
+def _smooth(rows: int, seed: int = 4) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, size=(rows, 4)).astype(np.float32)
+    return x, np.sin(3 * x[:, 0]) + x[:, 1] * x[:, 2]
+
+
+def test_a_network_follows_what_is_smooth_and_does_not_run_away() -> None:
+    x, y = _smooth(700)
+    net = fit_net(x, y, 0)
+    fresh, truth = _smooth(500, 5)
+    assert np.abs(net.predict(fresh) - truth).mean() < 0.08
+    assert np.abs(net.predict(100.0 * fresh)).max() < 2.0 * np.abs(y).max()
+    np.testing.assert_array_equal(net.predict(fresh), fit_net(x, y, 0).predict(fresh))
+    np.testing.assert_allclose(net.predict(fresh)[:1], net.predict(fresh[:1]), rtol=1e-12)
+
+
+def test_a_process_equals_scikit_learn_and_beats_a_forest_on_few_smooth_rows() -> None:
+    x, y = _smooth(300)
+    process = fit_process(x, y, 0)
+    fresh, truth = _smooth(500, 5)
+    assert np.abs(process.predict(fresh) - truth).mean() < 0.02
+    assert np.abs(forest(x, y, 0).predict(fresh) - truth).mean() > 0.05
+    np.testing.assert_allclose(process.scaled(0.5).predict(fresh), 0.5 * process.predict(fresh), atol=1e-5)
+
+
+def test_smooth_parts_and_a_spread_survive_a_file(tmp_path: Path) -> None:
+    x, y = _smooth(300)
+    batch = Batch(x.astype(float), np.ones(300), x)
+    net = replace(nothing(), smooth=(fit_net(x, y, 0),))
+    trees = fit_few(batch, np.exp(y), 0, Few(net, 0.5))
+    assert len(trees.smooth) == 2
+    path = tmp_path / "t.npz"
+    path.write_bytes(pack(trees, {}, forest(x, np.abs(y), 0)))
+    again, spread, _ = unpack(path)
+    np.testing.assert_allclose(again.predict(x), trees.predict(x), atol=1e-5)
+    assert spread is not None
+    np.testing.assert_allclose(spread.predict(x), forest(x, np.abs(y), 0).predict(x), atol=1e-5)
+
+
+def test_few_rows_are_fitted_by_what_errs_least() -> None:
+    x, y = _smooth(300)
+    batch = Batch(x.astype(float), np.ones(300), x)
+    assert choose_few(batch, np.exp(y), 0, None).forest < 1.0
+    knows = replace(nothing(), smooth=(fit_process(x, y, 0),))
+    assert choose_few(batch, np.exp(y + 0.01 * np.sign(x[:, 3])), 0, knows).prior is knows
+
+
+def test_a_kind_of_attention_never_measured_is_left_to_the_closed_form() -> None:
+    row = ROWS["h100-sxm-80gb/vllm/prefill/any"]
+    _, _, card = unpack(folders()[-1] / row["file"])
+    ((least, most),) = {(low, high) for windowed, kv, low, high in card["kinds"] if not windowed and kv == 2}
+    assert known(
+        np.array(card["kinds"]),
+        columns(
+            "prefill",
+            batch=1,
+            query=512,
+            heads=8,
+            kv_heads=8,
+            head_dim=np.array([least, most, most * 2]),
+            window=0,
+            kv_bytes=2,
+        ),
+    ).tolist() == [True, True, False]
+    model, form = LearnedModel("vllm", sustained=False), RooflineModel("vllm", sustained=False)
+    strange = PrefillAttention(np.array([512.0]), 0.0, 8, 8, int(most) * 2, int(most) * 2)
+    mine, theirs = model.predict(strange, H100), form.predict(strange, H100)
+    np.testing.assert_allclose(mine.time_s, theirs.time_s, rtol=1e-6)
+    assert "beyond the measured range" in mine.source
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
@@ -264,14 +359,35 @@ def test_equal_data_and_seed_make_equal_bytes() -> None:
     assert card["mape"] < 0.05 < card["closed_form_mape"]
 
 
-@given(st.lists(st.integers(0, 400), min_size=30, max_size=400))
-def test_groups_are_never_torn(groups: list[int]) -> None:
-    parts = split(np.array(groups))
-    assert np.array_equal(sum(part.astype(int) for part in parts), np.ones(len(groups)))
-    for part in parts:
-        inside = {g for g, p in zip(groups, part, strict=True) if p}
-        outside = {g for g, p in zip(groups, part, strict=True) if not p}
+@given(st.lists(st.integers(0, 400), min_size=30, max_size=400), st.integers(2, 5))
+def test_groups_are_never_torn(groups: list[int], folds: int) -> None:
+    fold = dealt(np.array(groups), folds)
+    assert set(fold) <= set(range(folds))
+    for number in range(folds):
+        inside = {g for g, f in zip(groups, fold, strict=True) if f == number}
+        outside = {g for g, f in zip(groups, fold, strict=True) if f != number}
         assert not inside & outside
+    sizes = [len({g for g, f in zip(groups, fold, strict=True) if f == number}) for number in range(folds)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_intervals_are_wide_where_errors_are() -> None:
+    """Half of the rows are noisy, which a feature tells: intervals follow, and still hold nine in ten."""
+    rng, rows = np.random.default_rng(5), 3000
+    n, k = np.meshgrid(2.0 ** np.arange(8, 17), 2.0 ** np.arange(8, 17))
+    shape = rng.integers(0, n.size, rows)
+    raw = columns("gemm", m=np.floor(2.0 ** rng.uniform(0, 12, rows)), n=n.ravel()[shape], k=k.ravel()[shape])
+    batch = make_batch("gemm", raw, H100, "vllm", "bf16")
+    noise = np.where(raw[:, 0] > 64, 0.10, 0.01)
+    seconds = batch.base_s * np.exp(noise * rng.normal(size=rows))
+    problem = Problem(H100.name, "vllm", "gemm", "bf16", "0", raw, seconds, raw[:, 1] * 1e6 + raw[:, 2])
+    found = judge(batch, problem, 0)
+    assert found.spread is not None
+    assert 0.86 < found.inside.mean() < 0.95
+    low, high = interval_of(np.array(found.bounds), found.spread, batch.features, batch.base_s)
+    wide, narrow = (high - low)[raw[:, 0] > 128].mean(), (high - low)[raw[:, 0] < 32].mean()
+    assert wide > 4 * narrow
+    assert 0.85 < found.inside[raw[:, 0] > 128].mean() < 0.95
 
 
 def test_hashes_do_not_depend_on_the_order() -> None:
@@ -312,6 +428,61 @@ def test_tables_are_cleaned_and_trained(tmp_path: Path) -> None:
     assert card.key == "h100-sxm-80gb/vllm/gemm/bf16"
     assert (tmp_path / "out" / card.file).stat().st_size == card.size_bytes
     assert card.mape < card.closed_form_mape
+
+
+def _apex(folder: Path) -> None:
+    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
+    rng = np.random.default_rng(7)
+    m, k = 2.0 ** rng.integers(5, 12, 700), 2.0 ** rng.integers(5, 12, 700)
+    n = np.floor(2.0 ** rng.uniform(0, 12, 700))
+    micros = np.rint(12 + m * k * n * 2 / 60e12 * 1e6)
+    frame = pd.DataFrame({"m": m, "k": k, "n": n, "time(us)": micros})
+    frame.insert(0, "dtype", "half")
+    frame.insert(0, "gpu", "V100-PCIE-16GB")
+    frame.loc[:9, "time(us)"] = 3
+    folder.mkdir()
+    frame.to_csv(folder / "gemm.csv.gz", index=False)
+    comm = folder / "comm" / "V100-PCIE-16GB"
+    comm.mkdir(parents=True)
+    rows = [
+        {"gpu": "V100", "num_nodes": nodes, "num_gpus_per_node": 2, "dtype": "half", "size(kb)": size,
+         "time(us)": 10 + size / 10}
+        for nodes in (1, 2) for size in [0, *(2**i for i in range(12))]
+    ]  # fmt: skip
+    for name in ("sendrecv", "all_gather"):
+        pd.DataFrame(rows).to_csv(comm / f"{name}.csv", index=False)
+
+
+def test_tables_in_apex_format_are_trained_on(tmp_path: Path) -> None:
+    _apex(tmp_path / "apex")
+    (problem,) = apex_problems(tmp_path / "apex")
+    assert problem.dropped["rounded by more than 5 %"] == 10
+    assert set(np.unique(problem.raw[:, 1])) <= set(2.0 ** np.arange(5, 12))  # m is the output's width
+    (card,) = train(None, tmp_path / "out", apex_dir=tmp_path / "apex")
+    assert card.key == "v100-pcie-16gb/cublas/gemm/bf16"
+    curves = json.loads((tmp_path / "out" / "collectives.json").read_text())["curves"]
+    assert [key for key in curves if key.startswith("v100")] == ["v100-pcie-16gb/nccl/point_to_point/2"]
+    pair = curve_time(curves["v100-pcie-16gb/nccl/point_to_point/2"], np.array([1 << 20]))
+    assert pair[0] == pytest.approx(10e-6 + 1024 / 10 * 1e-6, rel=0.1)
+    (tmp_path / "apex" / "other_gemm.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="no column gpu"):
+        list(apex_problems(tmp_path / "apex"))
+    with pytest.raises(InputError, match="no CSV file"):
+        list(apex_problems(tmp_path / "nowhere"))
+
+
+def test_a_library_measured_by_itself_stands_in_for_engines() -> None:
+    for name in ("v100-pcie-16gb", "v100-sxm2-32gb"):
+        op = Gemm(np.array([1.0, 512.0]), 4096, 4096, "fp16", "fp16")
+        guess = LearnedModel("vllm").predict(op, load_catalog().device(name))
+        assert guess.kind == "transferred"
+        assert "v100-pcie-16gb/cublas" in guess.source
+
+
+def test_a_pair_of_devices_is_a_pair_in_any_node() -> None:
+    pair = CommGroup(8, 8, "nvlink4", 450e9, 1e-6, in_switch_reduction=True)
+    guess = LearnedModel("vllm").predict(Collective("point_to_point", np.array([1 << 20]), pair), H100)
+    assert "point_to_point/2" in guess.source
 
 
 def test_training_without_tables_says_what_is_missing(tmp_path: Path) -> None:
