@@ -13,6 +13,7 @@ from api import errors, schemas
 from api.gate import Gate
 from api.metrics import Metrics
 from api.middleware import BodyLimit, Outermost
+from api.often import Often
 from api.routes import ROUTERS
 from api.runs import Runs
 from api.service import Service
@@ -77,6 +78,7 @@ def create_api(
     app.state.runs = None
     app.state.metrics = Metrics(store)
     errors.install(app)
+    app.add_middleware(Often)
     app.add_middleware(
         BodyLimit, limit=settings.max_body_bytes, limits={"/api/v1/uploads": settings.max_upload_bytes}
     )

@@ -12,12 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from api.client import ServiceError
 from api.evaluate import problem
 from api.files import MAX_LINE_BYTES, parse_json, read_lines
 from hardware.errors import InputError
@@ -26,6 +29,10 @@ if TYPE_CHECKING:
     from planner.pipeline import Planner
 
 _planner: Planner | None = None
+#: Runs of one batch that a service has at once: the rest are submitted as these end.
+_MOST_WAITING = 64
+#: How long a service that is away, or has enough to do, is asked again, in s.
+_PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +59,7 @@ def run_batch(
     progress: Callable[[str], None] | None = None,
 ) -> Counts:
     """Plan every line of a file. Raises InputError for a folder with answers when not resuming."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    if not resume and any(out_dir.glob("[0-9]*.json")):
-        raise InputError(
-            "--out", f"{out_dir} holds answers already; add --resume to keep them, or name another"
-        )
+    _prepare(out_dir, resume)
     base = str(path.resolve().parent)
     summaries: dict[int, dict[str, Any]] = {}
     kept = 0
@@ -93,6 +96,115 @@ def run_batch(
                         take(future.result())
             for future in waiting:
                 take(future.result())
+    return _finish(out_dir, summaries, kept)
+
+
+def run_batch_there(
+    server: str,
+    path: Path,
+    out_dir: Path,
+    *,
+    resume: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Counts:
+    """The same by a service: every line is a stored run there, under an idempotency key of its own.
+
+    An interrupted batch is taken up with `resume`: lines whose answer is here are kept, and those that were
+    submitted already are the same runs, which went on meanwhile. Raises InputError as `run_batch`, and for a
+    service that does not answer.
+    """
+    from api.cli_service import Traces
+    from api.client import Client
+
+    _prepare(out_dir, resume)
+    batch_id = _batch_id(out_dir)
+    summaries: dict[int, dict[str, Any]] = {}
+    counts = {"kept": 0}
+
+    def take(summary: dict[str, Any]) -> None:
+        summaries[summary["line"]] = summary
+        if progress:
+            progress(f"line {summary['line']}: {summary['status']}")
+
+    with Client(server, patience_s=_PATIENCE_S) as client:
+        traces = Traces(client, path.resolve().parent)
+        waiting: deque[tuple[int, bytes | None, Any, str]] = deque()
+
+        def collect() -> None:
+            number, line, ident, run_id = waiting.popleft()
+            run = client.wait(run_id, 365 * 86_400)
+            if run["status"] in ("done", "infeasible"):
+                answer = {"id": ident, **client.result(run_id)}
+            else:
+                found = run["error"] or {"detail": f"run {run_id} is {run['status']}"}
+                rows = found.get("errors") or [{"path": "", "message": found["detail"]}]
+                answer = {"id": ident, "status": "error", "error": rows[0]}
+            take(_stored(number, line, out_dir, {**answer, "run_id": run_id}))
+
+        for number, line in read_lines(path):
+            found = _kept(out_dir / _name(number, line), number, line) if resume else None
+            if found is not None:
+                counts["kept"] += 1
+                take(found)
+                continue
+            ident: Any = None
+            try:
+                data = _request(number, line)
+                ident = data.get("id")
+                request = traces.in_request({key: value for key, value in data.items() if key != "id"})
+                key = f"batch-{batch_id}-{number}-{_mark(line)}"
+                run = client.submit(request, label=f"batch {batch_id}", idempotency_key=key)
+            except ServiceError as error:
+                if error.status != 422:
+                    raise
+                answer = {"id": ident, "status": "error", "error": problem(error)}
+                take(_stored(number, line, out_dir, answer))
+                continue
+            except InputError as error:
+                if error.path == "--server":
+                    raise
+                answer = {"id": ident, "status": "error", "error": problem(error)}
+                take(_stored(number, line, out_dir, answer))
+                continue
+            waiting.append((number, line, ident, run["id"]))
+            if len(waiting) >= _MOST_WAITING:
+                collect()
+        while waiting:
+            collect()
+    return _finish(out_dir, summaries, counts["kept"])
+
+
+def _batch_id(out_dir: Path) -> str:
+    """The name of the batch that this folder holds the answers of: its runs are known by it."""
+    file = out_dir / "batch.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["batch"]
+        if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{16}", found):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = secrets.token_hex(8)
+    _write(file, json.dumps({"batch": found}) + "\n")
+    return found
+
+
+def _prepare(out_dir: Path, resume: bool) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not resume and any(out_dir.glob("[0-9]*.json")):
+        raise InputError(
+            "--out", f"{out_dir} holds answers already; add --resume to keep them, or name another"
+        )
+
+
+def _stored(number: int, line: bytes | None, out_dir: Path, answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Write an answer to its place; its summary."""
+    target = out_dir / _name(number, line)
+    whole = {**answer, "batch": {"line": number, "mark": _mark(line)}}
+    _write(target, json.dumps(whole, allow_nan=False) + "\n")
+    return _summary(number, whole, target)
+
+
+def _finish(out_dir: Path, summaries: Mapping[int, dict[str, Any]], kept: int) -> Counts:
     _write(
         out_dir / "summary.jsonl",
         "".join(json.dumps(summaries[number], allow_nan=False) + "\n" for number in sorted(summaries)),
@@ -142,22 +254,26 @@ def _start(base_dir: str) -> None:
 def _work(number: int, line: bytes | None, target: str) -> dict[str, Any]:
     """Plan one line and write its answer; the summary."""
     assert _planner is not None
-    answer = {**_answer(_planner, number, line), "batch": {"line": number, "mark": _mark(line)}}
-    _write(Path(target), json.dumps(answer, allow_nan=False) + "\n")
-    return _summary(number, answer, Path(target))
+    return _stored(number, line, Path(target).parent, _answer(_planner, number, line))
+
+
+def _request(number: int, line: bytes | None) -> Mapping[str, Any]:
+    """A line as a mapping. Raises InputError."""
+    if line is None:
+        raise InputError(f"line {number}", f"is longer than {MAX_LINE_BYTES >> 20} MB")
+    try:
+        data = parse_json(line.decode("utf-8"))
+    except ValueError as error:
+        raise InputError(f"line {number}", f"is not readable JSON: {error}"[:300]) from error
+    if not isinstance(data, Mapping):
+        raise InputError(f"line {number}", "must be a mapping of fields")
+    return data
 
 
 def _answer(planner: Planner, number: int, line: bytes | None) -> dict[str, Any]:
     ident: Any = None
     try:
-        if line is None:
-            raise InputError(f"line {number}", f"is longer than {MAX_LINE_BYTES >> 20} MB")
-        try:
-            data = parse_json(line.decode("utf-8"))
-        except ValueError as error:
-            raise InputError(f"line {number}", f"is not readable JSON: {error}"[:300]) from error
-        if not isinstance(data, Mapping):
-            raise InputError(f"line {number}", "must be a mapping of fields")
+        data = _request(number, line)
         ident = data.get("id")
         request = {key: value for key, value in data.items() if key != "id"}
         return {"id": ident, **planner.plan(request).to_dict()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
-SERVICE = ("serve", "worker", "db", "keys", "runs", "rerun", "backup", "prune")
+SERVICE = ("serve", "worker", "db", "keys", "runs", "rerun", "compare", "backup", "prune")
 COMMANDS = (
     *("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog"),
     *("schema", "train", "profile", "validate"),
@@ -427,7 +427,12 @@ def _batch(given: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise InputError("--out", f"{given.out} is a file; name a folder")
     workers = _workers(given.workers)
-    counts = run_batch(path, out, workers=workers, resume=given.resume, progress=_note(given))
+    if given.server:
+        from api.batch import run_batch_there
+
+        counts = run_batch_there(given.server, path, out, resume=given.resume, progress=_note(given))
+    else:
+        counts = run_batch(path, out, workers=workers, resume=given.resume, progress=_note(given))
     kept = f", {counts.kept} of them kept" if counts.kept else ""
     print(
         f"{counts.total} requests: {counts.ok} planned, {counts.infeasible} that no plan meets, "
@@ -445,10 +450,15 @@ def _fleet(given: argparse.Namespace) -> int:
         data = {**data, "search": {**search, "budget_s": given.budget}}
     _check_target(given.json)
     workers = _workers(given.workers)
-    from planner.fleet import plan_fleet
-    from planner.pipeline import Planner
+    if given.server:
+        from api.cli_service import fleet_there
 
-    answer = plan_fleet(data, planner=Planner(base_dir=base), progress=_note(given), workers=workers)
+        answer = fleet_there(given.server, data, base, quiet=given.quiet)
+    else:
+        from planner.fleet import plan_fleet
+        from planner.pipeline import Planner
+
+        answer = plan_fleet(data, planner=Planner(base_dir=base), progress=_note(given), workers=workers)
     if given.json:
         import json
 
@@ -473,11 +483,16 @@ def _sweep(given: argparse.Namespace) -> int:
         ) from None
     _check_target(given.json)
     workers = _workers(given.workers)
-    from planner.pipeline import Planner
-    from planner.sweep import sweep
+    if given.server:
+        from api.cli_service import sweep_there
 
-    planner = Planner(base_dir=base)
-    answer = sweep(data, given.vary, values, planner=planner, progress=_note(given), workers=workers)
+        answer = sweep_there(given.server, data, given.vary, values, base, quiet=given.quiet)
+    else:
+        from planner.pipeline import Planner
+        from planner.sweep import sweep
+
+        planner = Planner(base_dir=base)
+        answer = sweep(data, given.vary, values, planner=planner, progress=_note(given), workers=workers)
     if given.json:
         import json
 

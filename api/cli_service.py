@@ -120,10 +120,23 @@ def add_commands(commands: Any) -> None:
     prune.add_argument("--older-than", metavar="DAYS", type=float, required=True)
     prune.add_argument("--database-url", metavar="URL", help=_DATABASE)
 
-    for name in ("plan", "evaluate", "export", "catalog"):
+    compare = commands.add_parser(
+        "compare",
+        help="stored runs side by side",
+        description="What differs between the requests of two to eight stored runs, and the recommended plan "
+        "of each with its ratio to that of the first.",
+        epilog="example: planfront compare 019a2b3c4d5e6f708192a3b4c5d6 019a2b3c4d5e6f708192a3b4c5d7",
+    )
+    compare.add_argument("ids", metavar="ID", nargs="+")
+    compare.add_argument("--json", action="store_true", help="print as JSON")
+    _where(compare)
+
+    asked = ("plan", "evaluate", "batch", "fleet", "sweep", "validate")
+    for name in (*asked, "export", "catalog"):
         known: argparse.ArgumentParser = commands.choices[name]
         words = "RESULT is the id of a run of this service" if name == "export" else "ask this service"
-        default = os.environ.get("PLANFRONT_SERVER") if name in ("plan", "evaluate") else None
+        # An export of a file and a list of what is known need nobody.
+        default = os.environ.get("PLANFRONT_SERVER") if name in asked else None
         known.add_argument("--server", metavar="URL", default=default, help=words)
 
 
@@ -292,10 +305,9 @@ def _line(run: dict[str, Any]) -> str:
     found = (run.get("summary") or {}).get("recommended") or {}
     words = f"{found['plan_id']}" if found else (run.get("error") or {}).get("detail", "")
     label = f" [{run['label']}]" if run["label"] else ""
+    asked = run["model"] if run["kind"] == "plan" else f"{run['kind']} of {run['model']}"
     devices = ",".join(run["devices"])
-    return (
-        f"{run['id']}  {run['status']:<11} {run['created_at']}  {run['model']} on {devices}{label}  {words}"
-    )
+    return f"{run['id']}  {run['status']:<11} {run['created_at']}  {asked} on {devices}{label}  {words}"
 
 
 def rerun(given: argparse.Namespace) -> int:
@@ -312,6 +324,24 @@ def rerun(given: argparse.Namespace) -> int:
         for row in same["differs"]:
             print(f"  {row['what']}: {row['before']} then, {row['now']} now")
     return DONE if same["same"] else NO_PLAN
+
+
+def compare(given: argparse.Namespace) -> int:
+    """`planfront compare`."""
+    from hardware.errors import InputError
+
+    ids = list(dict.fromkeys(given.ids))
+    if not 2 <= len(ids) <= 8:
+        raise InputError("ID", f"name 2 to 8 different runs, not {len(ids)}")
+    with source_of(given) as source:
+        answer = source.compare(*ids)
+    if given.json:
+        print(json.dumps(answer, indent=1))
+    else:
+        from api.terminal import show_comparison
+
+        show_comparison(answer)
+    return DONE
 
 
 def backup(given: argparse.Namespace) -> int:
@@ -350,30 +380,76 @@ def prune(given: argparse.Namespace) -> int:
 def plan_there(server: str, data: Any, base: Path, *, quiet: bool) -> dict[str, Any]:
     """`planfront plan --server`: the result of a run of this request; Ctrl-C cancels it."""
     from api.client import Client
-    from api.files import open_file
-    from hardware.errors import InputError
 
     with Client(server) as client:
-        trace = ((data.get("workload") or {}).get("trace") or {}) if isinstance(data, dict) else {}
-        path = trace.get("path", "") if isinstance(trace, dict) else ""
-        if isinstance(path, str) and path and not path.startswith("upload:"):
-            file = Path(path) if Path(path).is_absolute() else base / path
+        sent = Traces(client, base)
+        return _followed(client, client.submit(sent.in_request(data)), quiet=quiet)
+
+
+def fleet_there(server: str, data: Any, base: Path, *, quiet: bool) -> dict[str, Any]:
+    """`planfront fleet --server`: the same for a fleet."""
+    from api.client import Client
+
+    with Client(server) as client:
+        sent = Traces(client, base)
+        if isinstance(data, dict) and isinstance(data.get("models"), list):
+            data = {**data, "models": [sent.in_request(one) for one in data["models"]]}
+        return _followed(client, client.submit_fleet(data), quiet=quiet)
+
+
+def sweep_there(
+    server: str, data: Any, vary: str, values: list[float], base: Path, *, quiet: bool
+) -> dict[str, Any]:
+    """`planfront sweep --server`: the same for a sweep."""
+    from api.client import Client
+
+    with Client(server) as client:
+        request = Traces(client, base).in_request(data)
+        return _followed(client, client.submit_sweep(request, vary, values), quiet=quiet)
+
+
+class Traces:
+    """Sends the trace files that requests name, each once."""
+
+    def __init__(self, client: Client, base: Path) -> None:
+        self._client, self._base = client, base
+        self._sent: dict[Path, str] = {}
+
+    def in_request(self, data: Any) -> Any:
+        """The request with its trace, if it names a file, sent and named as the service knows it."""
+        from api.files import open_file
+
+        at = data
+        for name in ("workload", "trace"):
+            if not isinstance(at, dict) or not isinstance(at.get(name), dict):
+                return data  # what is wrong with it, the service says
+            at = at[name]
+        path = at.get("path")
+        if not isinstance(path, str) or not path or path.startswith("upload:"):
+            return data
+        file = Path(path) if Path(path).is_absolute() else self._base / path
+        if file not in self._sent:
             with open_file(file) as source:
-                sent = client.upload(source.read(), file.name)
-            data = {**data, "workload": {**data["workload"], "trace": {**trace, "path": sent["path"]}}}
-        run = client.submit(data)
-        try:
-            run = client.wait(run["id"], 365 * 86_400, None if quiet else _tell)
-        except KeyboardInterrupt:
-            client.cancel(run["id"])
-            raise
-        if not quiet:
-            print(f"run {run['id']} is {run['status']}", file=sys.stderr)
-        if run["error"]:
-            found = [(row["path"], row["message"]) for row in run["error"].get("errors", ())]
-            path, message = found[0] if found else ("", run["error"]["detail"])
-            raise InputError(path, message)
-        return client.result(run["id"])
+                self._sent[file] = self._client.upload(source.read(), file.name)["path"]
+        return {**data, "workload": {**data["workload"], "trace": {**at, "path": self._sent[file]}}}
+
+
+def _followed(client: Client, run: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """The result of a run that was just made, told as it comes; Ctrl-C cancels it."""
+    from hardware.errors import InputError
+
+    try:
+        run = client.wait(run["id"], 365 * 86_400, None if quiet else _tell)
+    except KeyboardInterrupt:
+        client.cancel(run["id"])
+        raise
+    if not quiet:
+        print(f"run {run['id']} is {run['status']}", file=sys.stderr)
+    if run["error"]:
+        found = [(row["path"], row["message"]) for row in run["error"].get("errors", ())]
+        path, message = found[0] if found else ("", run["error"]["detail"])
+        raise InputError(path, message)
+    return client.result(run["id"])
 
 
 def result_there(server: str, run_id: str) -> dict[str, Any]:
@@ -394,7 +470,10 @@ def catalog_there(server: str, kind: str) -> list[dict[str, Any]]:
 
 def _tell(run: dict[str, Any]) -> None:
     now = run["progress"]
-    words = f"{now['simulated']} simulated, {now['front']} on the front" if now else run["status"]
+    words = run["status"]
+    if now:
+        found = now.get("note") or f"{now['front']} on the front"
+        words = f"{now['simulated']} simulated, {found}"
     print(f"run {run['id']}: {words}", file=sys.stderr)
 
 

@@ -17,7 +17,7 @@ import os
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urlencode, urlsplit
@@ -89,12 +89,53 @@ class Client:
     ) -> Json:
         """Queue a planning request; repeating after a lost connection makes no second run."""
         options = {"label": label, "notes": notes, "webhook": webhook}
+        return self._queue("runs", request, options, idempotency_key, wait_s)
+
+    def submit_fleet(
+        self,
+        request: Mapping[str, Any],
+        *,
+        label: str = "",
+        notes: str = "",
+        webhook: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+        wait_s: int = 0,
+    ) -> Json:
+        """Queue a fleet request; the answer is a run like that of `submit`."""
+        options = {"label": label, "notes": notes, "webhook": webhook}
+        return self._queue("fleets", request, options, idempotency_key, wait_s)
+
+    def submit_sweep(
+        self,
+        request: Mapping[str, Any],
+        vary: str,
+        values: Sequence[float],
+        *,
+        label: str = "",
+        notes: str = "",
+        webhook: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+        wait_s: int = 0,
+    ) -> Json:
+        """Queue a sweep of one number of a planning request; the answer is a run like that of `submit`."""
+        body = {"request": request, "vary": vary, "values": list(values)}
+        options = {"label": label, "notes": notes, "webhook": webhook}
+        return self._queue("sweeps", body, options, idempotency_key, wait_s)
+
+    def _queue(
+        self,
+        where: str,
+        request: Mapping[str, Any],
+        options: Mapping[str, Any],
+        idempotency_key: str | None,
+        wait_s: int,
+    ) -> Json:
         run = {name: value for name, value in options.items() if value}
         body = {**request, **({"run": run} if run else {})}
         headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
         if wait_s:
             headers["Prefer"] = f"wait={wait_s}"
-        return self._json("POST", "/api/v1/runs", body, headers)
+        return self._json("POST", f"/api/v1/{where}", body, headers)
 
     def run(self, run_id: str) -> Json:
         """A run."""
@@ -158,11 +199,14 @@ class Client:
         """Runs side by side."""
         return self._json("GET", f"/api/v1/runs/compare?{urlencode({'ids': ','.join(run_ids)})}")
 
-    def export(self, run_id: str, target: str, plan_id: str = "recommended") -> Json:
-        """A plan as `files` by name, with `notes`."""
+    def export(
+        self, run_id: str, target: str, plan_id: str = "recommended", model: str | None = None
+    ) -> Json:
+        """A plan as `files` by name, with `notes`. `model`: which of a fleet's."""
         path = f"/api/v1/runs/{quote(run_id, safe='')}/plans/{quote(plan_id, safe='')}/export"
         headers = {"Accept": "application/json"}
-        return self._json("GET", f"{path}?{urlencode({'target': target})}", None, headers)
+        query = {"target": target, **({"model": model} if model else {})}
+        return self._json("GET", f"{path}?{urlencode(query)}", None, headers)
 
     def events(self, run_id: str, after: int = 0) -> Iterator[Json]:
         """What happens to a run, to its end: `{"id", "event", "data"}`. Comes back after interruptions."""
@@ -212,8 +256,12 @@ class Client:
         """Everything that is wrong with a request."""
         return self._json("POST", "/api/v1/validate", request)
 
+    def measure(self, run: Mapping[str, Any]) -> Json:
+        """Predictions beside what was measured: a planning request with its `plan` and `measured`."""
+        return self._json("POST", "/api/v1/measurements", run)
+
     def catalog(self, kind: str) -> list[Json]:
-        """Devices, models, engines or workloads."""
+        """Devices, models, engines, workloads or costmodels."""
         found: list[Json] = self._call("GET", f"/api/v1/catalog/{quote(kind, safe='')}", None, {})
         return found
 
@@ -345,17 +393,28 @@ class Direct:
         answer: Json = json.loads(gzip.decompress(found[0]))
         return answer
 
+    def compare(self, *run_ids: str) -> Json:
+        """Runs side by side."""
+        from api.compare import compare
+
+        runs = [self._row(run_id) for run_id in run_ids]
+        for run in runs:
+            if run["kind"] != "plan":
+                raise InputError("ID", f"run {run['id']} is a {run['kind']}; only plan searches are compared")
+        return compare(runs, [self.result(run_id) for run_id in run_ids])
+
     def rerun(self, run_id: str) -> Json:
         """Plan a run's request here and now, and compare; nothing is stored."""
+        from api.kinds import uploads_of
         from api.runs import judge_rerun
         from api.solver import Job, make_planner, solve, versions
 
         first = self._row(run_id)
-        trace = (json.loads(first["request"])["workload"] or {}).get("trace")
-        if trace:
+        if any(uploads_of(first["kind"], json.loads(first["request"]))):
             raise InputError("ID", "a run of an uploaded trace is rerun by the service (--server)")
         planner = make_planner()
-        found = solve(planner, Job(run_id, first["request"]), lambda *_: None, lambda: False)
+        job = Job(run_id, first["request"], kind=first["kind"])
+        found = solve(planner, job, lambda *_: None, lambda: False)
         now = {
             "status": found.status,
             "result_digest": found.digest or None,

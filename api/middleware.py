@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Mapping
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +34,17 @@ SECURITY_HEADERS = {
 }
 
 
+#: Of every reply that does not say otherwise, as they go over the wire.
+_ALWAYS = tuple(
+    (name.lower().encode(), value.encode())
+    for name, value in {
+        **SECURITY_HEADERS,
+        # Answers depend on the request alone, but a plan is nobody else's business.
+        "Cache-Control": "no-store",
+    }.items()
+)
+
+
 class Outermost:
     """Security headers on every reply, and a problem instead of a dropped connection on a fault."""
 
@@ -55,12 +66,11 @@ class Outermost:
             nonlocal started, status
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
-                # Answers depend on the request alone, but a plan is nobody else's business.
-                headers.setdefault("Cache-Control", "no-store")
-                headers["X-Request-Id"] = request_id
+                given = list(message.get("headers", ()))
+                present = {name for name, _ in given}
+                given += [pair for pair in _ALWAYS if pair[0] not in present]
+                given.append((b"x-request-id", request_id.encode()))
+                message = {**message, "headers": given}
             await send(message)
 
         try:

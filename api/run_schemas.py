@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.errors import MEDIA_TYPE
+from api.kinds import Kind
 from api.lifecycle import Status
 from api.runs import RunOptions
 from api.schemas import EXAMPLE
@@ -39,18 +40,20 @@ class RunProgress(BaseModel):
     simulated: int
     front: int
     elapsed_s: float
+    note: str = Field("", description="of a fleet or a sweep: what was found last")
 
 
 class RunRow(BaseModel):
     """A run, without its request and its answer."""
 
     id: str
+    kind: Kind
     status: Status
     version: int = Field(description="goes up with every change; the number of the event that tells it")
     owner: str = Field(description="id of the API key that asked; `local` without keys")
     label: str
     notes: str
-    model: str
+    model: str = Field(description="of a fleet: all its models")
     devices: list[str]
     engine: str
     seed: int

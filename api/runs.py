@@ -10,6 +10,8 @@ import asyncio
 import gzip
 import hashlib
 import json
+import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,22 +21,26 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from api.checks import admit_run, find_problems
+from api.asked import admit_kind, problems_of_kind
 from api.desk import Desk
 from api.errors import ApiError, problems_of, unprocessable
 from api.keys import Principal
+from api.kinds import PLAN, uploads_of
 from api.lifecycle import ENDS, Status
 from api.settings import Settings
 from api.solver import versions
 from api.store import Filters, IdempotencyConflict, NewRun, QuotaReached, Store, is_id
-from api.webhooks import problem_of_url
+from api.webhooks import key_of, problem_of_url
 from hardware import InputError, load_catalog
 from planner.models import load_model
 
 _T = TypeVar("_T")
+_LOG = logging.getLogger("planfront.api")
 #: Between two looks for changes of watched runs, in s.
 _LOOK_S = 0.1
 _SSE_PING_S = 15.0
+#: Between two times that SQLite's log is brought into its file, in s.
+_CHECKPOINT_S = 1.0
 
 
 class Webhook(BaseModel):
@@ -44,7 +50,10 @@ class Webhook(BaseModel):
 
     url: str = Field(max_length=2000, description="an https:// address")
     secret: str = Field(
-        min_length=16, max_length=200, description="signs what is sent (HMAC-SHA256); never shown again"
+        min_length=16,
+        max_length=200,
+        description="signs what is sent (HMAC-SHA256): a text, or `whsec_` and the base64 of a key; never "
+        "shown again",
     )
 
 
@@ -81,12 +90,32 @@ class Runs:
         self.watcher = Watcher(self)
         self.closing = asyncio.Event()
         self.streams = 0
+        self._ended = threading.Event()
+        self._checkpoints = threading.Thread(target=self._checkpoint, name="store-checkpoint", daemon=True)
+        if store.database.is_sqlite:
+            store.database.checkpoint_apart()
+            self._checkpoints.start()
+
+    def _checkpoint(self) -> None:
+        """SQLite's log goes into the file here: a commit that did it on the way would wait for the disk."""
+        while not self._ended.wait(_CHECKPOINT_S):
+            try:
+                self.store.database.checkpoint()
+            except Exception:
+                _LOG.warning("the database's log could not be brought into its file", exc_info=True)
 
     async def read(self, call: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
         """A reading call of the store, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(
             self._readers, lambda: call(*arguments, **named)
         )
+
+    async def peek(self, call: Callable[..., _T], *arguments: Any) -> _T:
+        """A read of one row by its key. On SQLite here and now: a reader waits for nobody there, and the way
+        through a thread takes longer than the row."""
+        if self.store.database.is_sqlite:
+            return call(*arguments)
+        return await self.read(call, *arguments)
 
     async def write(self, call: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
         """A writing call of the store, in a thread."""
@@ -102,6 +131,9 @@ class Runs:
     def close(self) -> None:
         """The same, then end the threads. The store stays open: it is its maker's."""
         self.begin_close()
+        self._ended.set()
+        if self._checkpoints.is_alive():
+            self._checkpoints.join()
         self._checks.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._writers.shutdown(wait=True)
@@ -109,7 +141,7 @@ class Runs:
     # --- asking -----------------------------------------------------------------------------------
 
     async def submit(
-        self, data: Any, principal: Principal, idempotency_key: str | None
+        self, data: Any, principal: Principal, idempotency_key: str | None, kind: str = PLAN
     ) -> tuple[dict[str, Any], bool]:
         """(the run, whether it is new). Raises ApiError or InputError for what cannot be queued."""
         if idempotency_key is not None and not (
@@ -117,11 +149,12 @@ class Runs:
         ):
             raise unprocessable([("Idempotency-Key", "must have 1 to 255 visible ASCII characters")])
         if not isinstance(data, Mapping):
-            raise InputError("", "the body is a planning request")
+            raise InputError("", f"the body is a {'planning' if kind == PLAN else kind} request")
         body = dict(data)
         options = _options(body.pop("run", {}), self.settings)
-        new = await self._new_run(body, principal, options)
-        sent = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        new = await self._new_run(kind, body, principal, options)
+        # The same body asks for another thing where it is sent to another address.
+        sent = json.dumps(data if kind == PLAN else [kind, data], sort_keys=True, separators=(",", ":"))
         return await self._submit(new, idempotency_key, hashlib.sha256(sent.encode()).hexdigest())
 
     async def _submit(
@@ -156,30 +189,36 @@ class Runs:
         assert run is not None  # nothing deletes a run that has not ended
         return run, fresh
 
-    async def _new_run(self, body: dict[str, Any], principal: Principal, options: RunOptions) -> NewRun:
+    async def _new_run(
+        self, kind: str, body: dict[str, Any], principal: Principal, options: RunOptions
+    ) -> NewRun:
         try:
-            request = admit_run(body, self.settings)
-            facts = _facts(request.model, tuple(pool.device or "" for pool in request.cluster.pools))
-            known = _sound(json.dumps([body.get(part) for part in _MEANT], sort_keys=True))
+            asked = admit_kind(kind, body, self.settings)
+            meant = [body.get(part) for part in _MEANT] if kind == PLAN else [kind, body]
+            known = _sound(json.dumps(meant, sort_keys=True))
             if not known[0]:
-                problems = await self._problems(body)
+                if kind == PLAN and _is_small(body):
+                    problems = problems_of_kind(kind, body, self.settings)
+                else:
+                    problems = await self._problems(kind, body)
                 if problems:
                     raise unprocessable(problems)
                 known[0] = True
         except InputError as error:
-            problems = await self._problems(body)
+            problems = await self._problems(kind, body)
             raise unprocessable(problems or problems_of(error)) from None
-        await self._check_upload(request)
-        text = json.dumps(request.to_dict(), ensure_ascii=False, separators=(",", ":"))
+        await self._check_uploads(kind, asked.request)
+        several = len(asked.models) > 1
         return NewRun(
             owner=principal.id,
-            request=text,
-            request_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            model=facts[0],
-            devices=facts[1],
-            engine=request.engine.name,
-            seed=request.search.seed,
+            request=_text(asked.request),
+            model=_shown(asked.models),
+            models=asked.models if several else (),
+            devices=asked.devices,
+            engine=asked.engine,
+            seed=asked.seed,
             versions=json.dumps(versions()),
+            kind=kind,
             label=options.label,
             notes=options.notes,
             webhook_url=options.webhook.url if options.webhook else None,
@@ -190,31 +229,30 @@ class Runs:
         """Look at something that was sent, one thing at a time. Raises ApiError 503 when too much waits."""
         return await self._checks.run(work)
 
-    async def _problems(self, body: Mapping[str, Any]) -> list[tuple[str, str]]:
-        return await self.examine(lambda: find_problems(body, self.settings, uploads=True))
+    async def _problems(self, kind: str, body: Mapping[str, Any]) -> list[tuple[str, str]]:
+        return await self.examine(lambda: problems_of_kind(kind, body, self.settings))
 
-    async def _check_upload(self, request: Any) -> None:
-        trace = request.workload.trace
-        if trace is None:
-            return
-        upload_id = trace.path.removeprefix("upload:")
-        if not is_id(upload_id) or await self.read(self.store.upload, upload_id) is None:
-            raise unprocessable([("workload.trace.path", "there is no upload of this id")])
+    async def _check_uploads(self, kind: str, request: Mapping[str, Any]) -> None:
+        for path, upload_id in uploads_of(kind, request):
+            if not is_id(upload_id) or await self.read(self.store.upload, upload_id) is None:
+                raise unprocessable([(path, "there is no upload of this id")])
 
     async def rerun(self, run_id: str, principal: Principal) -> dict[str, Any]:
         """A new run of a stored run's request; its end says whether the answer is the same."""
         old = await self.get(run_id)
-        request = json.loads(old["request"])
-        await self._check_upload(admit_run(request, self.settings))
+        # Other limits than those of then, and other catalogs, are told before anything is queued.
+        asked = admit_kind(old["kind"], json.loads(old["request"]), self.settings)
+        await self._check_uploads(old["kind"], asked.request)
         new = NewRun(
             owner=principal.id,
             request=old["request"],
-            request_sha256=hashlib.sha256(old["request"].encode()).hexdigest(),
             model=old["model"],
+            models=tuple(name for name in old["models"].split("|") if name),
             devices=tuple(name for name in old["devices"].split("|") if name),
             engine=old["engine"],
             seed=old["seed"],
             versions=json.dumps(versions()),
+            kind=old["kind"],
             label=old["label"],
             rerun_of=run_id,
         )
@@ -224,7 +262,7 @@ class Runs:
 
     async def get(self, run_id: str) -> dict[str, Any]:
         """A run as stored. Raises ApiError 404."""
-        found = await self.read(self.store.run, run_id) if is_id(run_id) else None
+        found = await self.peek(self.store.run, run_id) if is_id(run_id) else None
         if found is None:
             raise ApiError(404, "There is no run of this id.", kind="no-run")
         return found
@@ -247,6 +285,15 @@ class Runs:
                 headers={"Retry-After": "1"},
             )
         return found
+
+    async def plans_of(self, run_id: str) -> dict[str, Any]:
+        """The result of a plan search as plain values. Raises ApiError 404 for a run of another kind."""
+        run = await self.get(run_id)
+        if run["kind"] != PLAN:
+            raise ApiError(
+                404, f"The run is a {run['kind']}; what it found is in its result.", kind="no-plan"
+            )
+        return await self.plain_result(run_id)
 
     async def plain_result(self, run_id: str) -> dict[str, Any]:
         """A run's result as plain values."""
@@ -379,6 +426,7 @@ def view(run: Mapping[str, Any]) -> dict[str, Any]:
     end = run["finished_at"]
     return {
         "id": run["id"],
+        "kind": run["kind"],
         "status": run["status"],
         "version": run["version"],
         "owner": run["owner"],
@@ -413,6 +461,12 @@ def detail(run: Mapping[str, Any]) -> bytes:
 def etag(run: Mapping[str, Any]) -> str:
     """The tag of a run as it is now."""
     return f'"{run["version"]}"'
+
+
+def matches(if_none_match: str, tag: str) -> bool:
+    """Whether an If-None-Match header names this tag."""
+    known = {item.strip().removeprefix("W/") for item in if_none_match.split(",")}
+    return tag in known or if_none_match.strip() == "*"
 
 
 async def reproduction(runs: Runs, run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -450,6 +504,25 @@ def judge_rerun(first: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, A
     return {"same": same, "differs": differs, "reason": reason}
 
 
+def _is_small(body: Mapping[str, Any]) -> bool:
+    """Whether a sound request is looked through in a fraction of a millisecond: what its workload takes."""
+    workload = body.get("workload")
+    synthetic = workload.get("synthetic") if isinstance(workload, Mapping) else None
+    if not isinstance(synthetic, Mapping) or synthetic.get("turns"):
+        return False
+    return int(synthetic.get("requests") or 0) <= 1000
+
+
+def _text(plain: Mapping[str, Any]) -> str:
+    return json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+
+
+def _shown(models: tuple[str, ...]) -> str:
+    """Models as a list shows them: as many as there is room for."""
+    shown = ", ".join(models)
+    return shown if len(shown) <= 200 else f"{models[0][:150]} and {len(models) - 1} more"
+
+
 # --- checking -------------------------------------------------------------------------------------
 
 #: The parts of a request that name things: checked against the catalogs, once for equal ones.
@@ -460,16 +533,6 @@ _MEANT = ("model", "engine", "cluster", "workload", "prices", "space", "slo", "o
 def _sound(key: str) -> list[bool]:
     """Whether these parts were found sound before: a cell to be filled."""
     return [False]
-
-
-@lru_cache(maxsize=1024)
-def _facts(model: str, devices: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The catalogs' own names. Raises InputError for unknown ones."""
-    catalog = load_catalog()
-    return (
-        load_model(model, allow_paths=False).name,
-        tuple(dict.fromkeys(catalog.device(name, "cluster").name for name in devices)),
-    )
 
 
 @lru_cache(maxsize=256)
@@ -496,6 +559,12 @@ def _options(data: Any, settings: Settings) -> RunOptions:
         problem = problem_of_url(options.webhook.url, allow_private=bool(settings.webhook_private))
         if problem:
             raise unprocessable([("run.webhook.url", problem)])
+        try:
+            key = key_of(options.webhook.secret)
+        except ValueError:
+            raise unprocessable([("run.webhook.secret", "is no base64 after `whsec_`")]) from None
+        if len(key) < 16:
+            raise unprocessable([("run.webhook.secret", "is a key of less than 16 bytes")])
     return options
 
 

@@ -125,9 +125,11 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     """The generated document with the schemas that `request_body` and `problems` point to."""
     from api.run_schemas import RunRequest
     from api.runs import RunChanges
+    from api.study_schemas import FleetRunRequest, MeasuredRequest, SweepRunRequest
 
     bodies: tuple[type[BaseModel], ...] = (
-        PlanningRequest, EvaluateRequest, RunRequest, RunChanges, Problem
+        PlanningRequest, EvaluateRequest, MeasuredRequest, RunRequest, FleetRunRequest, SweepRunRequest,
+        RunChanges, Problem,
     )  # fmt: skip
     _, definitions = models_json_schema(
         [(model, "validation") for model in bodies],

@@ -13,10 +13,12 @@ from api.checks import NOWHERE, Problems, admit, find_problems
 from api.desk import Desk
 from api.errors import ApiError, problems_of, unprocessable
 from api.settings import Settings
+from costmodels import artifact_rows
 from hardware import InputError, catalog_rows
 from planner import Planner, PlanningResult
 from planner.engines import engine_rows
 from planner.models import model_rows
+from planner.validate import as_json, compare_run
 from planner.workload import workload_rows
 
 _T = TypeVar("_T")
@@ -26,6 +28,7 @@ CATALOGS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "models": model_rows,
     "engines": engine_rows,
     "workloads": workload_rows,
+    "costmodels": artifact_rows,
 }
 
 
@@ -76,17 +79,19 @@ class Service:
 
     async def evaluate(self, data: Any) -> dict[str, Any]:
         """The contract's answer to a request with one plan. Raises as `plan` does."""
-        if not isinstance(data, Mapping):
-            raise InputError("", "the body is a planning request with a `plan`")
-        if "plan" not in data:
-            raise InputError("plan", "this field is required: evaluate judges one plan")
-        ident = data.get("id")
-        if isinstance(ident, bool) or not isinstance(ident, (str, int, NoneType)):
-            raise InputError("id", "must be text or a whole number")
-        body = {key: value for key, value in data.items() if key not in ("plan", "id")}
+        ident, body = _with_plan(data, ("plan", "id"))
         request = admit(body, self.settings)
         answer = await self._told(data, self._quick, lambda planner: planner.evaluate(request, data["plan"]))
-        return {"id": data["id"], **answer} if "id" in data else answer
+        return {**ident, **answer}
+
+    async def compare(self, data: Any) -> dict[str, Any]:
+        """Predictions of a request with its plan beside what was `measured`. Raises as `plan` does."""
+        ident, body = _with_plan(data, ("plan", "id", "measured"))
+        admit(body, self.settings)
+        asked = {**body, "plan": data["plan"]}
+        run = {**asked, "measured": data.get("measured")}
+        found = await self._told(asked, self._quick, lambda planner: compare_run(planner, run))
+        return {**ident, "comparisons": [as_json(item) for item in found]}
 
     async def problems(self, data: Any) -> Problems:
         """(path, sentence) of everything that is wrong with a request; empty when it can be planned."""
@@ -127,3 +132,16 @@ class Service:
         self._closing.set()
         self._searches.close()
         self._quick.close()
+
+
+def _with_plan(data: Any, beside: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the `id` that comes back, the planning request alone) of a body with a plan. Raises InputError."""
+    if not isinstance(data, Mapping):
+        raise InputError("", "the body is a planning request with a `plan`")
+    if "plan" not in data:
+        raise InputError("plan", "this field is required: evaluate judges one plan")
+    ident = data.get("id")
+    if isinstance(ident, bool) or not isinstance(ident, (str, int, NoneType)):
+        raise InputError("id", "must be text or a whole number")
+    body = {key: value for key, value in data.items() if key not in beside}
+    return ({"id": ident} if "id" in data else {}), body

@@ -23,7 +23,8 @@ class Settings:
 
     Stored runs have limits of their own: `max_run_budget_s`, and for each API key how many wait and run at
     once, what it may upload, and its requests per second. A worker holds a run for `lease_s` after each
-    sign of life; a run that `max_crashes` workers were lost with is failed.
+    sign of life. A run that did not get further while `max_crashes` search processes ended with it, or
+    while `max_losses` workers vanished with it, is failed.
     """
 
     max_body_bytes: int = 1_048_576
@@ -48,6 +49,7 @@ class Settings:
     lease_s: float = 15.0
     report_s: float = 0.5
     max_crashes: int = 5
+    max_losses: int = 20
     #: 1: webhooks may go to addresses of private networks, and over http.
     webhook_private: int = 0
 

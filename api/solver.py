@@ -14,19 +14,19 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from api.kinds import PLAN, UPLOAD_PREFIX
+
 #: Least time between two reports, in s.
 REPORT_S = 0.5
 #: Simulated plans are handed over for the checkpoint at least this often, in s.
 CHECKPOINT_S = 1.0
-#: Reference of a request to an uploaded trace: `workload.trace.path: "upload:ID"`.
-UPLOAD_PREFIX = "upload:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class Job:
     checkpoint: tuple[bytes, ...] = ()
     #: Files of uploaded traces by their ids.
     uploads: Mapping[str, str] = field(default_factory=dict)
+    kind: str = PLAN
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +71,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def result_digest(result: Mapping[str, Any]) -> str:
+def result_digest(result: Mapping[str, Any], kind: str = PLAN) -> str:
     """SHA-256 of a result without the seconds that it took: equal for equal answers, bit for bit."""
-    plain = {**result, "search": {k: v for k, v in result["search"].items() if k != "wall_s"}}
-    text = json.dumps(plain, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    from api.kinds import without_clock
+
+    text = json.dumps(without_clock(kind, result), sort_keys=True, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def main(pipe: Connection) -> None:
-    """Answer jobs until the pipe closes: ("job", Job), ("cancel", key) in; (kind, key, value) out."""
+    """Answer jobs until the pipe closes: ("job", Job), ("cancel", key) in; (kind, key, value) out.
+
+    The first word is ("ready", "", None): all is loaded, and a job is worked on as soon as it comes.
+    """
     # A terminal's Ctrl-C goes to every process of the group; whoever holds the pipe decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -102,6 +107,7 @@ def main(pipe: Connection) -> None:
     planner = make_planner()
     _warm(planner)
     sending = threading.Lock()
+    pipe.send(("ready", "", None))
     while True:
         job = jobs.get()
 
@@ -126,61 +132,15 @@ def _warm(planner: Any) -> None:
 
 
 def make_planner() -> Any:
-    """A planner that remembers what it simulated, and reads uploaded traces and no other file."""
+    """A planner that reads uploaded traces and no other file."""
     from api.checks import NOWHERE
     from hardware import InputError
-    from planner.evaluate import Evaluation, Evaluator
-    from planner.pipeline import Planner, Question
-    from planner.plans import PlanPoint
+    from planner.pipeline import Planner
     from planner.request import PlanningRequest
     from planner.workload import Workload, load_workload
 
-    class Remembering(Evaluator):
-        """Simulations are deterministic, so one that is known need not be run again."""
-
-        known: dict[str, list[Any]]
-        told: Callable[[str, list[Any]], None]
-
-        def evaluate(self, point: PlanPoint, *, interval: bool = True) -> Evaluation:
-            row = self.known.get(point.id)
-            if row is None:
-                found = super().evaluate(point, interval=False)
-                self.told(point.id, [found.metrics, found.breakdown_s])
-            else:
-                found = Evaluation(point, row[0], self.memory(point), row[1], {})
-            return self.with_interval(found) if interval else found
-
-    class Asked(Question):
-        __slots__ = ("known", "told")
-
-        known: dict[str, list[Any]]
-        told: Callable[[str, list[Any]], None]
-
-        def evaluator(self, **options: Any) -> Evaluator:
-            made = Remembering(
-                self.spec,
-                self.cluster,
-                self.workload,
-                self.engine,
-                self.model,
-                slo=self.request.slo.bounds(),
-                prices=self.prices,
-                **options,
-            )
-            made.known, made.told = self.known, self.told
-            return made
-
     class ServicePlanner(Planner):
-        known: dict[str, list[Any]]
-        told: Callable[[str, list[Any]], None]
         uploads: Mapping[str, str]
-
-        def load(self, data: Any) -> Question:
-            plain = super().load(data)
-            asked = Asked(*(getattr(plain, name) for name in Question.__dataclass_fields__))
-            object.__setattr__(asked, "known", self.known)
-            object.__setattr__(asked, "told", self.told)
-            return asked
 
         def _workload(self, request: PlanningRequest) -> tuple[Workload, dict[str, Any]]:
             trace = request.workload.trace
@@ -199,21 +159,34 @@ def make_planner() -> Any:
                 facts["trace"] = {**report.as_dict(), "path": trace.path}
             return workload, facts
 
-    return ServicePlanner(allow_paths=False, base_dir=NOWHERE)
+    planner = ServicePlanner(allow_paths=False, base_dir=NOWHERE)
+    planner.uploads = {}
+    return planner
 
 
 def solve(planner: Any, job: Job, tell: Callable[[str, Any], None], cancelled: Callable[[], bool]) -> Found:
-    """Search, telling `progress`, `incumbents` and `checkpoint` as it goes. Never raises."""
+    """Work out an answer, telling `progress`, `incumbents` and `checkpoint` as it goes. Never raises."""
+    from api import kinds
     from api.errors import problems_of
     from hardware import InputError
+    from planner.search import Cancelled, Support
 
-    known: dict[str, list[Any]] = {}
-    for part in job.checkpoint:
-        known.update(json.loads(gzip.decompress(part)))
     reporter = _Reporter(tell)
-    planner.known, planner.told, planner.uploads = known, reporter.simulated, job.uploads
+    planner.uploads = job.uploads
     try:
-        result = planner.plan(json.loads(job.request), progress=reporter, cancelled=cancelled).to_dict()
+        result = kinds.answer(
+            job.kind,
+            planner,
+            json.loads(job.request),
+            progress=reporter,
+            note=reporter.note,
+            cancelled=cancelled,
+            support=Support(
+                checkpoint=reporter.keep, resume=_resumable(job.checkpoint), every_s=CHECKPOINT_S
+            ),
+        )
+    except Cancelled:
+        return Found("cancelled", simulations=reporter.count, cancelled=True)
     except InputError as error:
         found = problems_of(error)
         path, message = found[0]
@@ -235,46 +208,25 @@ def solve(planner: Any, job: Job, tell: Callable[[str, Any], None], cancelled: C
         return Found("failed", error={"kind": "fault", "detail": detail})
     body = json.dumps(result, allow_nan=False, separators=(",", ":")).encode()
     return Found(
-        status="done" if result["status"] == "ok" else "infeasible",
+        status="done" if kinds.met(job.kind, result) else "infeasible",
         body=gzip.compress(body, 6, mtime=0),
         sha256=hashlib.sha256(body).hexdigest(),
-        digest=result_digest(result),
-        summary=summary_of(result),
+        digest=result_digest(result, job.kind),
+        summary=kinds.summary_of(job.kind, result),
         simulations=reporter.count,
         cancelled=cancelled(),
         versions=versions(),
     )
 
 
-def summary_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a list of runs shows of a result: the recommended plan's main figures, and the search's."""
-    entries = {entry["id"]: entry for entry in result["plans"]}
-    recommended = result["recommended"]
-    summary: dict[str, Any] = {
-        "front": len(result["front"]),
-        "certified": result["search"]["certified"],
-        "method": result["search"]["method"],
-        "space_size": result["search"]["space_size"],
-        "simulated": result["search"]["simulated"],
-        "wall_s": result["search"]["wall_s"],
-        "reason": result["search"]["reason"],
-        "recommended": None,
-    }
-    if recommended:
-        entry = entries[recommended["plan_id"]]
-        metrics = entry["metrics"]
-        names = (
-            "output_tokens_per_s", "goodput_rps", "power_w", "devices", "usd_per_hour",
-            "usd_per_million_output_tokens", "energy_j_per_output_token",
-        )  # fmt: skip
-        summary["recommended"] = {
-            "plan_id": recommended["plan_id"],
-            "meets_slo": entry["meets_slo"],
-            "ttft_s": {"p95": metrics["ttft_s"]["p95"]},
-            "tpot_s": {"p95": metrics["tpot_s"]["p95"]},
-            **{name: metrics[name] for name in names},
-        }
-    return summary
+def _resumable(parts: Sequence[bytes]) -> list[dict[str, Any]]:
+    """What is known from before, under the versions of now: a mixture would be nobody's answer."""
+    found = []
+    for body in parts:
+        part = json.loads(gzip.decompress(body))
+        if part.get("versions") == versions():
+            found += part["parts"]
+    return found
 
 
 class _Reporter:
@@ -282,21 +234,34 @@ class _Reporter:
 
     def __init__(self, tell: Callable[[str, Any], None]) -> None:
         self._tell = tell
-        self._fresh: dict[str, list[Any]] = {}
-        self._part_at = time.monotonic()
+        self._held: list[Mapping[str, Any]] = []
+        self._began = self._part_at = time.monotonic()
         self._told_at = 0.0
         self._best: tuple[str, ...] = ()
+        self._words = ""
         self.count = 0
 
-    def simulated(self, plan_id: str, row: list[Any]) -> None:
-        self.count += 1
-        self._fresh[plan_id] = row
+    def keep(self, part: Mapping[str, Any]) -> None:
+        """A part of the work for whoever resumes it. What comes at the end of a short search waits: the
+        answer is close."""
+        self.count += len(part.get("plans") or part.get("rates") or ())
+        self._held.append(part)
         now = time.monotonic()
         if now - self._part_at >= CHECKPOINT_S:
             self._part_at = now
-            text = json.dumps(self._fresh, allow_nan=False, separators=(",", ":")).encode()
+            kept, self._held = {"versions": versions(), "parts": self._held}, []
+            text = json.dumps(kept, allow_nan=False, separators=(",", ":")).encode()
             self._tell("checkpoint", gzip.compress(text, 3, mtime=0))
-            self._fresh = {}
+            if self._words:
+                self.note(self._words)
+
+    def note(self, words: str) -> None:
+        """Where a fleet or a sweep stands."""
+        self._words = words
+        counts = dict.fromkeys(("space_size", "considered", "rejected", "bounded", "front"), 0)
+        elapsed_s = round(time.monotonic() - self._began, 3)
+        told = {"phase": "simulating", **counts, "simulated": self.count, "elapsed_s": elapsed_s}
+        self._tell("progress", {**told, "note": words[:300]})
 
     def __call__(self, progress: Any) -> None:
         now = time.monotonic()

@@ -483,3 +483,25 @@ def show_sweep(answer: Mapping[str, Any], out: Console | None = None) -> None:
     out.print(
         f"The recommendation changes {times}." if count else "The recommendation stays the same throughout."
     )
+
+
+def show_comparison(answer: Mapping[str, Any]) -> None:
+    """Stored runs side by side: what was asked differently, and what came of it."""
+    out = console()
+    runs = answer["runs"]
+    asked = Table("field of the request", *(row["run"]["id"] for row in runs), box=None)
+    for row in answer["differences"]:
+        asked.add_row(row["path"], *("" if value is None else str(value)[:60] for value in row["values"]))
+    out.print(asked)
+    out.print()
+    found = Table("recommended plan", *(row["run"]["id"] for row in runs), box=None)
+    found.add_row("plan", *(row["plan_id"] or "none" for row in runs))
+    found.add_row("meets the SLO", *({True: "yes", False: "no"}.get(row["meets_slo"], "") for row in runs))
+    for name in runs[0]["metrics"]:
+        cells = []
+        for row in runs:
+            value, ratio = row["metrics"].get(name), row["ratio_to_first"].get(name)
+            times = f" (x {ratio:.2f})" if ratio is not None and row is not runs[0] else ""
+            cells.append("" if value is None else f"{value:.4g}{times}")
+        found.add_row(name, *cells)
+    out.print(found)

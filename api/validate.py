@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from planner.validate import Comparison
 
 
 def add_parser(commands: Any) -> None:
@@ -25,15 +29,43 @@ def add_parser(commands: Any) -> None:
     )
 
 
-def validate_file(path: Path) -> dict[str, Any]:
-    """All runs of a file: comparisons, a summary by metric, and what could not be judged."""
+def validate_file(path: Path, server: str | None = None) -> dict[str, Any]:
+    """All runs of a file: comparisons, a summary by metric, and what could not be judged.
+
+    `server`: the service that predicts; None: this process. Raises InputError for a file that cannot be read
+    and a service that does not answer.
+    """
+    from planner.validate import Comparison, compare_run
+
+    with ExitStack() as stack:
+        if server:
+            from api.client import Client
+
+            client = stack.enter_context(Client(server))
+
+            def compare(run: Mapping[str, Any]) -> list[Comparison]:
+                names = ("metric", "measured", "predicted", "low", "high")
+                rows = client.measure(run)["comparisons"]
+                return [Comparison(**{name: row[name] for name in names}) for row in rows]
+
+        else:
+            from planner.pipeline import Planner
+
+            planner = Planner(base_dir=path.resolve().parent)
+
+            def compare(run: Mapping[str, Any]) -> list[Comparison]:
+                return compare_run(planner, run)
+
+        return _judged(path, compare)
+
+
+def _judged(path: Path, compare: Callable[[Mapping[str, Any]], list[Comparison]]) -> dict[str, Any]:
+    from api.client import ServiceError
     from api.evaluate import problem
     from api.files import parse_json, read_lines
     from hardware.errors import InputError
-    from planner.pipeline import Planner
-    from planner.validate import as_json, compare_run, summarise
+    from planner.validate import as_json, summarise
 
-    planner = Planner(base_dir=path.resolve().parent)
     runs, errors, every = [], [], []
     for number, line in read_lines(path):
         ident: Any = f"line {number}"
@@ -47,10 +79,13 @@ def validate_file(path: Path) -> dict[str, Any]:
             if not isinstance(run, Mapping):
                 raise InputError(ident, "must be a mapping of fields")
             ident = run.get("id") or ident
-            found = compare_run(planner, run)
+            found = compare(run)
             every += found
             runs.append({"id": ident, "comparisons": [as_json(item) for item in found]})
         except InputError as error:
+            refused = error.status == 422 if isinstance(error, ServiceError) else error.path != "--server"
+            if not refused:
+                raise
             errors.append({"id": ident, "error": problem(error)})
     if not runs and not errors:
         raise InputError(str(path), "holds no runs")
@@ -65,7 +100,7 @@ def run(given: argparse.Namespace, write: Any) -> int:
 
     from api.terminal import console
 
-    report = validate_file(Path(given.file))
+    report = validate_file(Path(given.file), given.server)
     if given.json:
         write(given.json, json.dumps(report, allow_nan=False, indent=1) + "\n")
     if given.json != "-":

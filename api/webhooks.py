@@ -1,7 +1,8 @@
 """Sending a webhook: signed as standardwebhooks.com says, to public addresses only.
 
 The receiver checks `webhook-signature`, which is `v1,` and the base64 of HMAC-SHA256 over
-`{webhook-id}.{webhook-timestamp}.{body}` with the run's own secret.
+`{webhook-id}.{webhook-timestamp}.{body}` with the run's own secret. A secret that begins with `whsec_` is the
+base64 of the key, as that standard writes it; any other is the key itself.
 """
 
 from __future__ import annotations
@@ -18,14 +19,23 @@ from urllib.parse import urlsplit
 
 from api.store import Delivered
 
+#: Of secrets that are written as the standard writes them.
+SECRET_PREFIX = "whsec_"
 #: For the whole of connecting and answering, in s.
 TIMEOUT_S = 10.0
 
 
 def signature(secret: str, webhook_id: str, timestamp: int, body: str) -> str:
-    """The value of `webhook-signature`."""
+    """The value of `webhook-signature`. Raises ValueError for a `whsec_` secret that is no base64."""
     signed = f"{webhook_id}.{timestamp}.{body}".encode()
-    return "v1," + base64.b64encode(hmac.digest(secret.encode(), signed, hashlib.sha256)).decode()
+    return "v1," + base64.b64encode(hmac.digest(key_of(secret), signed, hashlib.sha256)).decode()
+
+
+def key_of(secret: str) -> bytes:
+    """The key that a secret stands for. Raises ValueError for a `whsec_` secret that is no base64."""
+    if secret.startswith(SECRET_PREFIX):
+        return base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+    return secret.encode()
 
 
 def problem_of_url(url: str, *, allow_private: bool) -> str | None:

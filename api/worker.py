@@ -18,16 +18,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from importlib import metadata
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from api import solver
+from api import kinds, solver
 from api.lifecycle import Status
 from api.observe import run_id_of_log
 from api.settings import Settings
-from api.solver import UPLOAD_PREFIX, Found, Job
+from api.solver import Found, Job
 from api.store import Claim, Signal, Store, new_id
 
 _LOG = logging.getLogger("planfront.worker")
@@ -47,6 +48,7 @@ class Worker:
         self.id = f"{socket.gethostname()[:40]}:{os.getpid()}:{new_id()[-8:]}"
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
+        self._loaded = False
         self._seen_at = 0.0
         self._expired_at = 0.0
 
@@ -54,8 +56,6 @@ class Worker:
 
     def run_forever(self) -> None:
         """Work until told to stop; a database that is away for a while is waited for."""
-        from planner.pipeline import version
-
         wake = _Wake(self.store)
         webhooks = threading.Thread(target=self._send_webhooks, name="webhooks", daemon=True)
         webhooks.start()
@@ -67,13 +67,16 @@ class Worker:
                 now = time.monotonic()
                 if now - self._seen_at > 10 or not self._seen_at:
                     self.store.see_worker(
-                        self.id, host=socket.gethostname(), pid=os.getpid(), version=version()
+                        self.id, host=socket.gethostname(), pid=os.getpid(), version=_version()
                     )
                     self._seen_at = now
                 if now - self._expired_at > 1:
-                    self.store.expire(most_crashes=self.settings.max_crashes)
+                    self.store.expire(most_losses=self.settings.max_losses)
                     self._expired_at = now
                 claim = None
+                # A run is taken by who can begin it at once, not by who still loads.
+                if not self._ready(POLL_S):
+                    continue
                 if self.store.waiting():
                     claim = self.store.claim(
                         self.id,
@@ -81,12 +84,13 @@ class Worker:
                         most_running=self.settings.max_running_per_key,
                     )
                 if claim is None:
-                    self._warm()
                     wake.wait(self.stop, pause_s)
                 else:
                     self._work(claim)
                 pause_s = POLL_S
             except Exception:
+                if self.stop.is_set():
+                    break
                 _LOG.exception("worker met a fault; it goes on")
                 self._end_process()  # whatever it searches, nobody listens to it any more
                 self.stop.wait(pause_s)
@@ -109,35 +113,32 @@ class Worker:
                 try:
                     uploads = self._uploads(claim, Path(folder))
                 except LookupError as error:
+                    words = "the uploaded trace has been deleted"
+                    problem = {"path": str(error.args[0]), "message": words}
                     self.store.finish(
                         claim,
                         Status.FAILED,
-                        error={
-                            "kind": "invalid-request",
-                            "detail": str(error.args[0]),
-                            "errors": [{"path": "workload.trace.path", "message": str(error.args[0])}],
-                        },
+                        error={"kind": "invalid-request", "detail": words, "errors": [problem]},
                     )
                     return
-                self._search(claim, Job(claim.run_id, claim.request, claim.checkpoint, uploads))
+                self._search(claim, Job(claim.run_id, claim.request, claim.checkpoint, uploads, claim.kind))
         finally:
             run_id_of_log.reset(token)
 
     def _uploads(self, claim: Claim, folder: Path) -> dict[str, str]:
-        """The trace that the request names, as a file in `folder`."""
-        trace = (json.loads(claim.request).get("workload") or {}).get("trace") or {}
-        path = trace.get("path", "")
-        if not path.startswith(UPLOAD_PREFIX):
-            return {}
-        upload_id = path.removeprefix(UPLOAD_PREFIX)
-        upload = self.store.upload(upload_id)
-        if upload is None:
-            raise LookupError("the uploaded trace has been deleted")
-        file = folder / f"upload-{upload_id}"
-        with file.open("wb") as target:
-            for piece in self.store.upload_content(upload_id):
-                target.write(piece)
-        return {upload_id: str(file)}
+        """The traces that the request names, as files in `folder`. Raises LookupError with a field's path."""
+        files = {}
+        for path, upload_id in kinds.uploads_of(claim.kind, json.loads(claim.request)):
+            if upload_id in files:
+                continue
+            if self.store.upload(upload_id) is None:
+                raise LookupError(path)
+            file = folder / f"upload-{upload_id}"
+            with file.open("wb") as target:
+                for piece in self.store.upload_content(upload_id):
+                    target.write(piece)
+            files[upload_id] = str(file)
+        return files
 
     def _search(self, claim: Claim, job: Job) -> None:
         pipe = self._start_process()
@@ -147,7 +148,7 @@ class Worker:
             self._end_process()
             pipe = self._start_process()
             pipe.send(("job", job))
-        budget_s = float(json.loads(claim.request)["search"]["budget_s"])
+        budget_s = kinds.seconds_of(claim.kind, json.loads(claim.request))
         hard_deadline = time.monotonic() + _OVER_BUDGET * budget_s + _OVER_S
         beat_s = self.settings.lease_s / 4
         next_beat = time.monotonic() + beat_s
@@ -172,8 +173,8 @@ class Worker:
                 )
                 return
             kind, key, value = message
-            if key and key != claim.run_id:
-                continue  # an answer to a run that was lost before
+            if kind and key != claim.run_id:
+                continue  # an answer to a run that was lost before, or the word of a new process
             if kind == "found":
                 self._finish(claim, value, events, reason)
                 return
@@ -248,11 +249,18 @@ class Worker:
 
     # --- the search process -----------------------------------------------------------------------
 
-    def _warm(self) -> None:
-        """Have a search process ready: it takes seconds to load."""
-        if self._process is None or not self._process.is_alive():
-            self._end_process()
-            self._start_process()
+    def _ready(self, seconds: float) -> bool:
+        """Whether the search process has loaded, which takes seconds; waits for it a little.
+
+        Raises RuntimeError when it ended instead.
+        """
+        pipe = self._start_process()
+        try:
+            while not self._loaded and pipe.poll(seconds):
+                self._loaded = pipe.recv()[0] == "ready"
+        except (EOFError, OSError):
+            raise RuntimeError("the search process ended while it loaded") from None
+        return self._loaded
 
     def _start_process(self) -> Connection:
         if self._process is not None and self._process.is_alive() and self._pipe is not None:
@@ -263,7 +271,7 @@ class Worker:
         self._process = context.Process(target=solver.main, args=(theirs,), name="search", daemon=True)
         self._process.start()
         theirs.close()
-        self._pipe = ours
+        self._pipe, self._loaded = ours, False
         return ours
 
     def _end_process(self) -> None:
@@ -291,6 +299,14 @@ class Worker:
             except Exception:
                 _LOG.exception("webhooks met a fault; they go on")
                 self.stop.wait(5.0)
+
+
+def _version() -> str:
+    """The planner's own word for it, without loading the planner: that is the search process's."""
+    try:
+        return metadata.version("planfront")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"
 
 
 class _Wake:

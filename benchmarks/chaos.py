@@ -2,10 +2,11 @@
 
     python benchmarks/chaos.py [--runs 200] [--clients 16] [--kill-every-s 4] [--database-url URL]
 
-Clients submit runs, each twice under one idempotency key, and wait for their ends. Meanwhile a worker gets
-SIGKILL every few seconds, and the API is stopped and started twice (once by SIGTERM, once by SIGKILL). In
-the end: every run has ended, there is one run for each key and one result for each run that has an answer,
-one `end` event each, and runs of equal requests have answers that are equal bit for bit, interrupted or not.
+The service has its default settings. Clients submit runs (plan searches, one in ten a fleet, one in ten a
+sweep), each twice under one idempotency key, and wait for their ends. Meanwhile a worker gets SIGKILL every
+few seconds, and the API is stopped and started twice (once by SIGTERM, once by SIGKILL). In the end: every
+run has ended, there is one run for each key and one result for each run that has an answer, one `end` event
+each, and runs of equal requests have answers that are equal bit for bit, interrupted or not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,26 @@ from api.store import Filters, Store, open_store
 ROOT = Path(__file__).resolve().parent.parent
 #: Different questions; each is asked many times.
 VARIANTS = 10
+
+
+def kind_of(variant: int) -> str:
+    return {3: "fleet", 7: "sweep"}.get(variant, "plan")
+
+
+def submit(client: Client, variant: int, key: str) -> dict[str, Any]:
+    body, label = question(variant), f"variant-{variant}"
+    if kind_of(variant) == "sweep":
+        return client.submit_sweep(body, "rate", [0.5, 1.0, 2.0], label=label, idempotency_key=key)
+    if kind_of(variant) == "fleet":
+        member = {name: body[name] for name in ("model", "workload", "slo")}
+        space = {"max_num_seqs": [64], "max_num_batched_tokens": [2048]}
+        fleet = {
+            "models": [{"name": "one", "rate_rps": 20.0, "space": space, **member}],
+            "cluster": body["cluster"],
+            "search": body["search"],
+        }
+        return client.submit_fleet(fleet, label=label, idempotency_key=key)
+    return client.submit(body, label=label, idempotency_key=key)
 
 
 def question(variant: int) -> dict[str, Any]:
@@ -68,10 +89,9 @@ class Service:
             **os.environ,
             "PLANFRONT_DATABASE_URL": self.url,
             "PYTHONPATH": str(ROOT),
-            "PLANFRONT_LEASE_S": "3",
-            # A run that is over before its first checkpoint may be unlucky more than five times.
-            "PLANFRONT_MAX_CRASHES": "50",
         }
+        # Workers are started all the time, and would compile every module anew.
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [
             sys.executable, "-m", "api.cli", "serve", "--port", str(self.port),
             "--workers", str(self.workers), "--log-format", "json",
@@ -125,14 +145,15 @@ def attack(given: argparse.Namespace, store: Store, service: Service) -> int:
     def ask(number: int) -> str:
         key = f"chaos-{number}"
         with Client(base, patience_s=given.limit_s) as client:
-            body = question(number % VARIANTS)
+            variant = number % VARIANTS
             for _ in range(2):  # the same question again is the same run
-                run = client.submit(body, label=f"variant-{number % VARIANTS}", idempotency_key=key)
+                run = submit(client, variant, key)
                 with lock:
                     ids.setdefault(key, set()).add(run["id"])
             run = client.wait(run["id"], given.limit_s)
             if run["status"] in ("done", "infeasible"):
-                assert client.result(run["id"])["plans"]
+                part = {"plan": "plans", "fleet": "periods", "sweep": "points"}[kind_of(variant)]
+                assert client.result(run["id"])[part]
             return str(run["status"])
 
     def kill() -> None:
@@ -211,6 +232,7 @@ def judge(
         "runs": len(stored),
         "clients": given.clients,
         "ends": dict(ends),
+        "kinds": dict(Counter(run["kind"] for run in stored)),
         "workers_killed": len(kills),
         "api_restarts": restarts,
         "attempts": dict(sorted(attempts.items())),

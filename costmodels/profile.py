@@ -10,7 +10,7 @@ aiconfigurator-core, under the device's name in our catalog.
 
 PyTorch (extra `profile`; its ROCm build for AMD) is imported by `Torch` alone; tests bring a bench of their
 own. What is measured: GEMM in 16 and 8 bits, prefill and decode attention over head layouts of served
-models, and plain copies for the memory's rate.
+models, copies of all sizes for the memory-bound kernels, and, with several GPUs, NCCL's collectives.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ HEADS = (
 PREFILL_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_CONTEXTS = (64, 256, 1024, 4096, 16384, 65536)
+#: Bytes of a copy, and elements (of 2 bytes) of a collective's whole message.
+COPY_BYTES = tuple(1 << power for power in range(10, 31))
+MESSAGES = tuple(1 << power for power in range(8, 29))
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Bench(Protocol):
 
     device: str  # as the driver names it
     software: str  # version of what launches the kernels
+    devices: int  # GPUs that collectives can use
 
     def gemm(self, m: int, n: int, k: int, dtype: str) -> Reading | None:
         """(m x k) @ (k x n) in bf16 or fp8."""
@@ -77,7 +82,11 @@ class Bench(Protocol):
         ...
 
     def copy(self, size_bytes: int) -> Reading | None:
-        """Device-to-device copy of so many bytes."""
+        """Copy of so many bytes inside a GPU's memory."""
+        ...
+
+    def collective(self, kind: str, elements: int, devices: int) -> Reading | None:
+        """NCCL's `kind` over the first `devices` GPUs; `elements` of 2 bytes in the whole message."""
         ...
 
 
@@ -105,8 +114,8 @@ def catalog_name(driver_name: str) -> str:
     raise InputError("--device", f"{driver_name!r} is no device of the catalog, name one of {names}")
 
 
-def plan_rows(quick: bool = False) -> Iterator[tuple[str, Row]]:
-    """(family, shape) of everything to measure, most useful first. `quick`: about 200 shapes."""
+def plan_rows(quick: bool = False, devices: int = 1) -> Iterator[tuple[str, Row]]:
+    """(family, shape) of everything to measure, most useful first. `quick`: about 200 shapes on one GPU."""
     tokens = GEMM_TOKENS[::3] if quick else GEMM_TOKENS
     sizes = GEMM_SIZES[1::3] if quick else GEMM_SIZES
     for dtype in ("bfloat16", "fp8"):
@@ -124,6 +133,15 @@ def plan_rows(quick: bool = False) -> Iterator[tuple[str, Row]]:
             for context in DECODE_CONTEXTS[::2] if quick else DECODE_CONTEXTS:
                 shape = {"batch_size": batch, "isl": 1, "step": context - 1}
                 yield "generation_attention", {**shape, **common}
+    for size in COPY_BYTES[::2] if quick else COPY_BYTES:
+        yield "memory", {"size_bytes": size}
+    for count in (2, 4, 8):
+        for kind in COLLECTIVES if count <= devices else ():
+            for elements in MESSAGES[::2] if quick else MESSAGES:
+                yield (
+                    "nccl",
+                    {"nccl_dtype": "half", "num_gpus": count, "message_size": elements, "kind": kind},
+                )
 
 
 def profile(
@@ -148,12 +166,12 @@ def profile(
     start = clock()
     counts: dict[str, int] = {}
     tables: dict[str, _Table] = {}
-    for family, shape in shapes if shapes is not None else plan_rows(quick):
+    for family, shape in shapes if shapes is not None else plan_rows(quick, bench.devices):
         if family not in tables:
             tables[family] = _Table(_path(out_dir, name, engine, bench.software, family))
             counts[family] = len(tables[family].done)
         table = tables[family]
-        if table.has(shape):
+        if table.has(_written(family, shape)):
             continue
         if clock() - start > budget_s:
             break
@@ -165,9 +183,8 @@ def profile(
                 "framework": "torch",
                 "version": bench.software,
                 "device": bench.device,
-                "op_name": family,
                 "kernel_source": "torch",
-                **shape,
+                **_written(family, shape),
                 "latency": reading.seconds * 1e3,
                 "power": reading.power_w,
                 "clock_mhz": reading.clock_mhz,
@@ -180,9 +197,20 @@ def profile(
     return counts
 
 
+def _written(family: str, shape: Row) -> Row:
+    """A shape as its table's columns say it: there a collective's kind is the operator's name."""
+    if family != "nccl":
+        return {"op_name": family, **shape}
+    return {"op_name": shape["kind"], **{name: value for name, value in shape.items() if name != "kind"}}
+
+
 def _measure(bench: Bench, family: str, shape: Row) -> Reading | None:
     if family == "gemm":
         return bench.gemm(shape["m"], shape["n"], shape["k"], shape["gemm_dtype"])
+    if family == "memory":
+        return bench.copy(shape["size_bytes"])
+    if family == "nccl":
+        return bench.collective(shape["kind"], shape["message_size"], shape["num_gpus"])
     layout = (shape["num_heads"], shape["num_key_value_heads"], shape["head_dim"])
     if family == "context_attention":
         return bench.prefill(shape["isl"], *layout)
@@ -190,7 +218,9 @@ def _measure(bench: Bench, family: str, shape: Row) -> Reading | None:
 
 
 def _path(out_dir: Path, device: str, engine: str, software: str, family: str) -> Path:
-    folder = "gemm" if family == "gemm" else "attention"
+    if family == "nccl":  # not an engine's own
+        return out_dir / device / "comm" / "nccl" / software / "nccl_perf.csv"
+    folder = family if family in ("gemm", "memory") else "attention"
     return out_dir / device / folder / engine / software / f"{family}_perf.csv"
 
 
@@ -241,7 +271,7 @@ class _Table:
 
 
 _NOT_KEYS = {
-    "framework", "version", "device", "op_name", "kernel_source", "latency", "power", "clock_mhz",
+    "framework", "version", "device", "kernel_source", "latency", "power", "clock_mhz",
 }  # fmt: skip
 
 
@@ -258,6 +288,7 @@ class Torch:
         self.torch, self.index = torch, index
         torch.cuda.set_device(index)
         self.device = str(torch.cuda.get_device_name(index))
+        self.devices = int(torch.cuda.device_count())
         self.software = "torch-" + str(torch.__version__).split("+")[0]
         self._sensor = _Nvml(index)
 
@@ -308,9 +339,44 @@ class Torch:
     def copy(self, size_bytes: int) -> Reading | None:
         """`Tensor.copy_`."""
         torch = self.torch
+        if 2 * size_bytes > 0.4 * torch.cuda.mem_get_info()[0]:
+            return None
+        # The same buffers again and again: such a kernel finds in the cache what the one before it wrote.
         source = torch.zeros(size_bytes, device="cuda", dtype=torch.uint8)
         target = torch.empty_like(source)
         return self._time(lambda i: target.copy_(source))
+
+    def collective(self, kind: str, elements: int, devices: int) -> Reading | None:
+        """`torch.cuda.nccl`, from this one process; many calls between two events hide their launches."""
+        torch, nccl = self.torch, self.torch.cuda.nccl
+        part = max(1, elements // devices)
+
+        def tensors(size: int) -> list[Any]:
+            return [torch.zeros(size, device=f"cuda:{i}", dtype=torch.float16) for i in range(devices)]
+
+        whole, parts = tensors(part * devices), tensors(part)
+        calls: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda: nccl.all_reduce(whole),
+            "all_gather": lambda: nccl.all_gather(parts, whole),
+            "reduce_scatter": lambda: nccl.reduce_scatter(whole, parts),
+        }
+        call = calls[kind]
+        try:
+            for _ in range(5):
+                call()
+            torch.cuda.synchronize(0)
+        except RuntimeError:
+            return None
+        times = []
+        for _ in range(7):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(CALLS):
+                call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e-3 / CALLS)
+        return Reading(statistics.median(times), *self._sensor.read())
 
     def _copies(self, size_bytes: int) -> int:
         return max(1, min(CALLS, ROTATE_BYTES // max(1, size_bytes)))

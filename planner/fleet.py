@@ -37,6 +37,7 @@ from planner.request import (
     WorkloadRequest,
     input_error,
 )
+from planner.search import Cancelled, Support
 from planner.search.assignment import Assignment, Column, Stock, assign, relaxation
 
 #: A rate is known when the interval around it is this narrow.
@@ -125,10 +126,49 @@ class _Choice:
         return Column(self.model, self.point.pool, self.point.devices, rate, self.cost)
 
 
+class _Known:
+    """Simulations by (model, plan, rate): those of an earlier run, and what is handed to the checkpoint."""
+
+    def __init__(self, support: Support, clock: Callable[[], float]) -> None:
+        self._support, self._clock = support, clock
+        self._rows: dict[tuple[int, str, float], dict[str, Any] | None] = {}
+        for part in support.resume:
+            if part.get("kind") != "fleet":
+                raise InputError("resume", f"it belongs to a {part.get('kind', 'search')}, not to a fleet")
+            for row in part["rates"]:
+                self._rows[(row["model"], row["id"], row["rate_rps"])] = row["metrics"]
+        self._fresh: list[dict[str, Any]] = []
+        self._saved_at = clock()
+
+    def __contains__(self, key: tuple[int, str, float]) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: tuple[int, str, float]) -> dict[str, Any] | None:
+        return self._rows[key]
+
+    def add(self, key: tuple[int, str, float], metrics: dict[str, Any] | None) -> None:
+        self._rows[key] = metrics
+        if self._support.checkpoint is None:
+            return
+        model, plan_id, rate_rps = key
+        self._fresh.append({"model": model, "id": plan_id, "rate_rps": rate_rps, "metrics": metrics})
+        if self._clock() - self._saved_at > self._support.every_s:
+            self.save()
+
+    def save(self) -> None:
+        if self._support.checkpoint is not None and self._fresh:
+            rates, self._fresh = self._fresh, []
+            self._saved_at = self._clock()
+            self._support.checkpoint({"schema_version": "1", "kind": "fleet", "rates": rates})
+
+
 class _Member:
     """A model of the fleet with everything loaded."""
 
-    def __init__(self, planner: Planner, request: FleetRequest, index: int) -> None:
+    def __init__(
+        self, planner: Planner, request: FleetRequest, index: int, known: _Known | None = None
+    ) -> None:
+        self.index, self.known = index, known or _Known(Support(), time.monotonic)
         asked = request.models[index]
         path = f"models[{index}]"
         limits = asked.space.model_dump(exclude_none=True)
@@ -219,6 +259,12 @@ class _Member:
 
     def _run(self, point: PlanPoint, rate_rps: float) -> dict[str, Any] | None:
         """Metrics at a rate, or None when the SLO is missed or the replica falls behind."""
+        key = (self.index, point.id, rate_rps)
+        if key not in self.known:
+            self.known.add(key, self._simulate(point, rate_rps))
+        return self.known[key]
+
+    def _simulate(self, point: PlanPoint, rate_rps: float) -> dict[str, Any] | None:
         factor = self.own_rps / rate_rps
         faster: Evaluator = copy(self.evaluator)
         faster.workload = replace(self.workload, arrival_s=self.workload.arrival_s * factor)
@@ -237,9 +283,14 @@ def plan_fleet(
     planner: Planner | None = None,
     clock: Callable[[], float] = time.monotonic,
     progress: Callable[[str], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
     workers: int = 1,
+    support: Support | None = None,
 ) -> dict[str, Any]:
     """The cheapest fleet for a request, as plain values. Raises InputError for input that cannot be used.
+
+    `support` takes checkpoints and resumes from them. A fleet that is `cancelled` is the best of what was
+    simulated by then, not certified; Cancelled is raised when that is none.
 
     `status` is `ok`, or `infeasible` with the reasons when the inventory cannot carry the demand. With
     demand over the day there is one assignment for each distinct multiple; `certified` says that each is
@@ -248,7 +299,11 @@ def plan_fleet(
     request = parse_fleet(data)
     planner = planner or Planner()
     start = clock()
-    members = [_Member(planner, request, index) for index in range(len(request.models))]
+    known = _Known(support or Support(), clock)
+    members = []
+    for index in range(len(request.models)):
+        _look(cancelled)
+        members.append(_Member(planner, request, index, known))
     pools = members[0].cluster.pools
     stocks = {
         pool.name: Stock(max(0, pool.nodes - request.reserve.spare_nodes), pool.devices_per_node)
@@ -256,6 +311,7 @@ def plan_fleet(
     }
     choices: list[_Choice] = []
     for index, member in enumerate(members):
+        _look(cancelled)
         choices += member.choices(index, request.objective)
         if progress:
             progress(f"{member.name}: {sum(c.model == index for c in choices)} ways to serve a replica")
@@ -263,8 +319,11 @@ def plan_fleet(
     periods: list[tuple[float, list[float], Assignment | None]] = []
     for multiple in sorted(set(request.demand), reverse=True):
         demand = [member.rate_rps * multiple * (1.0 + request.reserve.headroom) for member in members]
-        solution = _solve(members, choices, demand, stocks, request, clock, deadline, progress, workers)
+        solution = _solve(
+            members, choices, demand, stocks, request, clock, deadline, progress, cancelled, workers
+        )
         periods.append((multiple, demand, solution))
+    known.save()
     answers = [
         _period(members, choices, stocks, pools, multiple, demand, solution)
         for multiple, demand, solution in periods
@@ -295,6 +354,12 @@ def plan_fleet(
     }
 
 
+def _look(cancelled: Callable[[], bool] | None) -> None:
+    """Raises Cancelled when nobody waits for the answer any more."""
+    if cancelled is not None and cancelled():
+        raise Cancelled
+
+
 def _solve(
     members: list[_Member],
     choices: list[_Choice],
@@ -304,6 +369,7 @@ def _solve(
     clock: Callable[[], float],
     deadline: float,
     progress: Callable[[str], None] | None,
+    cancelled: Callable[[], bool] | None,
     workers: int,
 ) -> Assignment | None:
     """Price, simulate, add: until no column that was not simulated could be part of a better answer."""
@@ -332,10 +398,13 @@ def _solve(
             # A share at a time: a better answer closes the gap for the rest.
             wanted = wanted[: max(8, len(wanted) // 4)]
         for index in wanted:
-            if clock() > deadline:
+            stopped = cancelled is not None and cancelled()
+            if stopped or clock() > deadline:
                 found = best or _assign_known(choices, demand, stocks, request, 1.0, workers)
                 if found is not None:
                     return replace(found, certified=False, bound=min(found.cost, relaxed.cost))
+                if stopped:
+                    raise Cancelled
                 raise InputError(
                     "search.budget_s",
                     f"{request.search.budget_s:g} s were not enough to find any fleet, allow more",
@@ -399,6 +468,7 @@ def _period(
                 "replicas": count,
                 "devices": plan.devices,
                 "rate_rps_per_replica": choice.rate_rps,
+                "plan_id": plan.id,
                 "plan": plan.to_dict(),
                 "usd_per_hour": member.evaluator.price(plan),
                 "power_w": metrics.get("power_w", 0.0) * count,

@@ -7,6 +7,8 @@ path may be read at all).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,13 +175,14 @@ class Planner:
             progress=progress,
             cancelled=cancelled,
             workers=workers,
-            support=support,
+            # Searches for what would help put their parts into the same checkpoint.
+            support=support.marked("change", None) if support is not None and changes else support,
         )
         outcome.reason = "; ".join(text for text in (outcome.reason, why) if text)
         result = _result(question, evaluator, outcome)
         stopped = cancelled is not None and cancelled()
         if changes and result.status == "infeasible" and not stopped:
-            found = self._changes(question, outcome, space, clock, cancelled)
+            found = self._changes(question, outcome, space, clock, cancelled, support)
             result = result.model_copy(update={"changes": found})
         return result
 
@@ -190,12 +193,15 @@ class Planner:
         space: PlanSpace,
         clock: Callable[[], float],
         cancelled: Callable[[], bool] | None,
+        support: Support | None,
     ) -> list[dict[str, Any]]:
         """What would have to change, tried for a quarter of the budget."""
         request, start = question.request, clock()
         most_s = _CHANGES_SHARE * request.search.budget_s
 
         def ask(changed: dict[str, Any]) -> PlanningResult | None:
+            parts = {name: changed.get(name) for name in ("cluster", "space")}
+            name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
             left = most_s - (clock() - start)
             changed["search"] = {
                 **changed.get("search", {}),
@@ -203,7 +209,17 @@ class Planner:
                 "budget_s": max(0.05, left / 2),
             }
             try:
-                return self.plan(changed, clock=clock, cancelled=cancelled, changes=False)
+                return self.plan(
+                    changed,
+                    clock=clock,
+                    cancelled=cancelled,
+                    support=None
+                    if support is None
+                    else Support(
+                        checkpoint=support.checkpoint, resume=support.resume, every_s=support.every_s
+                    ).marked("change", name),
+                    changes=False,
+                )
             except InputError:
                 return None  # a format that the device does not know, a cluster that cannot be
 

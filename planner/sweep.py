@@ -25,9 +25,11 @@ from planner.objectives import objective_vector, slo_misses
 from planner.pipeline import Planner, version
 from planner.plans import PlanSpace
 from planner.request import PlanningRequest, parse_request
-from planner.search import ExhaustiveSearch, Judged, front_of
+from planner.search import Cancelled, ExhaustiveSearch, Judged, Support, front_of
 
 MAX_VALUES = 200
+#: Fields that change how plans are judged, not what they do.
+JUDGED = r"(slo|prices)\."
 
 
 def sweep(
@@ -38,27 +40,36 @@ def sweep(
     planner: Planner | None = None,
     clock: Callable[[], float] = time.monotonic,
     progress: Callable[[str], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
     workers: int = 1,
+    support: Support | None = None,
 ) -> dict[str, Any]:
     """The recommendation at each value of one field of a request, and where it changes.
 
     `vary` is `rate` (a multiple of the request's own) or the path of a number in the request. Raises
     InputError for a path or a value that the request cannot have. `points` come in the order of `values`;
     a point that no plan satisfies is `infeasible` with its nearest plan.
+
+    `support` takes checkpoints and resumes from them. A sweep that is `cancelled` ends with the values that
+    were planned by then; Cancelled is raised when that is none.
     """
-    if not values or len(values) > MAX_VALUES:
-        raise InputError("values", f"give 1 to {MAX_VALUES} values, not {len(values)}")
+    requests = varied(data, vary, values)
     planner = planner or Planner()
     request = parse_request(data)
     start = clock()
-    if re.match(r"(slo|prices)\.", vary):
-        points = _judged_anew(planner, request, vary, values, clock, workers)
+    if re.match(JUDGED, vary):
+        points = _judged_anew(planner, request, requests, values, clock, cancelled, workers, support)
     else:
         points = []
-        for value in values:
-            points.append(_planned_anew(planner, request, vary, value, workers))
+        for place, (value, asked) in enumerate(zip(values, requests, strict=True)):
+            if cancelled is not None and cancelled():
+                break
+            own = None if support is None else support.marked("place", place)
+            points.append(_planned_anew(planner, asked, value, cancelled, workers, own))
             if progress:
                 progress(f"{vary} = {value:g}: {points[-1]['status']}")
+    if not points:
+        raise Cancelled
     changes = [
         {"between": [values[i], values[i + 1]], "from": before["plan_id"], "to": after["plan_id"]}
         for i, (before, after) in enumerate(itertools.pairwise(points))
@@ -75,9 +86,29 @@ def sweep(
     }
 
 
-def _point(value: float, best: Judged | None, reason: str, meets: bool, front: int) -> dict[str, Any]:
+def varied(data: Any, vary: str, values: Sequence[float]) -> list[PlanningRequest]:
+    """The request at each of the values. Raises InputError for a path or a value that it cannot have."""
+    if not values or len(values) > MAX_VALUES:
+        raise InputError("values", f"give 1 to {MAX_VALUES} values, not {len(values)}")
+    request = parse_request(data)
+    return [
+        parse_request(_rate(request, value) if vary == "rate" else _with(request.to_dict(), vary, value))
+        for value in values
+    ]
+
+
+def _point(
+    value: float, best: Judged | None, reason: str, meets: bool, front: int, certified: bool
+) -> dict[str, Any]:
     if best is None:
-        return {"value": value, "status": "infeasible", "plan_id": None, "reason": reason, "front": 0}
+        return {
+            "value": value,
+            "status": "infeasible",
+            "plan_id": None,
+            "reason": reason,
+            "front": 0,
+            "certified": certified,
+        }
     return {
         "value": value,
         "status": "ok" if meets else "infeasible",
@@ -86,6 +117,7 @@ def _point(value: float, best: Judged | None, reason: str, meets: bool, front: i
         "label": best.point.label(),
         "reason": reason,
         "front": front,
+        "certified": certified,
         "metrics": dict(best.evaluation.metrics),
     }
 
@@ -96,13 +128,14 @@ def _point(value: float, best: Judged | None, reason: str, meets: bool, front: i
 def _judged_anew(
     planner: Planner,
     request: PlanningRequest,
-    vary: str,
+    requests: Sequence[PlanningRequest],
     values: Sequence[float],
     clock: Callable[[], float],
+    cancelled: Callable[[], bool] | None,
     workers: int,
+    support: Support | None,
 ) -> list[dict[str, Any]]:
     """One simulation of the whole space, judged at every value."""
-    requests = [parse_request(_with(request.to_dict(), vary, value)) for value in values]
     question = planner.load(request.model_copy(update={"slo": type(request.slo)()}))
     space = PlanSpace(question.spec, question.cluster, question.engine, request.space)
     tokens, sequences = table_sizes(space) if space.groups else (1, 1)
@@ -115,7 +148,9 @@ def _judged_anew(
         budget_s=request.search.budget_s,
         seed=request.search.seed,
         clock=clock,
+        cancelled=cancelled,
         workers=workers,
+        support=support,
     )
     points = []
     for value, asked in zip(values, requests, strict=True):
@@ -126,11 +161,12 @@ def _judged_anew(
         ]
         front = front_of(items)
         if not front:
-            points.append(_point(value, None, "no plan can run", False, 0))
+            points.append(_point(value, None, "no plan can run", False, 0, outcome.certified))
             continue
         best, reason = recommend(front, asked.objectives, certified=outcome.certified)
         meets = front[0].meets_slo
-        points.append(_point(value, best, reason, meets, len(front) if meets else 0))
+        shown = len(front) if meets else 0
+        points.append(_point(value, best, reason, meets, shown, outcome.certified))
     return points
 
 
@@ -162,13 +198,18 @@ def _judge(
 
 
 def _planned_anew(
-    planner: Planner, request: PlanningRequest, vary: str, value: float, workers: int
+    planner: Planner,
+    request: PlanningRequest,
+    value: float,
+    cancelled: Callable[[], bool] | None,
+    workers: int,
+    support: Support | None,
 ) -> dict[str, Any]:
-    plain = _rate(request, value) if vary == "rate" else _with(request.to_dict(), vary, value)
-    result = planner.plan(plain, workers=workers)
+    # What would help where nothing does is not part of a point.
+    result = planner.plan(request, cancelled=cancelled, workers=workers, support=support, changes=False)
     if result.recommended is None:
         reason = result.rejected[0].reason if result.rejected else "no plan can run"
-        return _point(value, None, reason, False, 0)
+        return _point(value, None, reason, False, 0, result.search.certified)
     entry = result.plan(result.recommended.plan_id)
     return {
         "value": value,
@@ -178,6 +219,7 @@ def _planned_anew(
         "label": _label(entry.plan),
         "reason": result.recommended.reason,
         "front": len(result.front),
+        "certified": result.search.certified,
         "metrics": entry.metrics,
     }
 

@@ -73,7 +73,7 @@ async def compare_page(request: Request) -> HTMLResponse:
 async def _recent(request: Request) -> list[dict[str, Any]]:
     from api.store import Filters
 
-    found = await runs_of(request).page(Filters(status=("done", "infeasible")), None, 20)
+    found = await runs_of(request).page(Filters(status=("done", "infeasible"), kind="plan"), None, 20)
     return [{"id": run["id"], "title": run["label"] or run["model"], "model": run["model"],
              "devices": ", ".join(filter(None, run["devices"].split("|")))} for run in found]  # fmt: skip
 

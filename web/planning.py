@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 
+from api.desk import Desk
 from api.errors import ApiError, problems_of
 from api.routes.planning import stop_when_gone
 from hardware import InputError, load_catalog
@@ -31,6 +32,7 @@ from web.page import html, principal_of, runs_of, sent, service_of, stored
 from web.pages import render
 from web.preview import preview
 from web.session import check_token, csrf_token
+from web.space import space_words
 from web.view import request_yaml, result_view
 from web.yaml_text import read_yaml
 
@@ -256,6 +258,7 @@ async def as_yaml(request: Request) -> JSONResponse:
             "yaml": text_of(form),
             "errors": form.errors,
             "general": form.general,
+            "space": "" if form.failed else await _space(request, data),
             "preview": render("_preview.html", preview=shown),
         }
     )
@@ -287,4 +290,14 @@ async def as_fields(request: Request) -> JSONResponse:
         stored=stored(request),
         **await _choices(request, again),
     )
-    return JSONResponse({"errors": problems, "fields": fields})
+    space = "" if problems else await _space(request, data)
+    return JSONResponse({"errors": problems, "fields": fields, "space": space})
+
+
+async def _space(request: Request, data: Any) -> str:
+    """How many plans there are to look at; a service that is busy tells nothing."""
+    desk: Desk = request.app.state.desk
+    try:
+        return await desk.run(lambda: space_words(data))
+    except ApiError:
+        return ""

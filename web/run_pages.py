@@ -14,13 +14,14 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from markupsafe import Markup
 from starlette.responses import Response
 
 from api.desk import Desk
 from api.errors import ApiError
+from api.kinds import PLAN
 from api.lifecycle import ENDS, Status
 from api.middleware import CONTENT_SECURITY_POLICY
 from api.runs import reproduction, view
@@ -37,7 +38,17 @@ from web.run_view import result_page_view
 from web.timeline import timeline
 from web.view import AXES, commands, plan_label, request_yaml
 
-router = APIRouter(include_in_schema=False)
+
+async def _plans_only(request: Request) -> None:
+    """These pages show plan searches; stored fleets and sweeps are read through the API."""
+    run_id = request.path_params.get("run_id")
+    if run_id is not None:
+        run = await runs_of(request).get(run_id)
+        if run["kind"] != PLAN:
+            raise ApiError(404, f"This run is a {run['kind']}: /api/v1/runs/{run_id}/result has its answer.")
+
+
+router = APIRouter(include_in_schema=False, dependencies=[Depends(_plans_only)])
 _PAGE = 25
 #: The chart becomes a picture in the page itself, and plotly.js probes the browser with one style attribute.
 _CHART_POLICY = (
@@ -97,7 +108,7 @@ async def run_list(request: Request, q: str = "", status: str = "", cursor: str 
         except ValueError:
             raise ApiError(400, "This address names no page of the list.") from None
     known = {str(s) for s in Status}
-    filters = Filters(status=(Status(status),) if status in known else ())
+    filters = Filters(status=(Status(status),) if status in known else (), kind=PLAN)
     words = q.lower().split()[:8]
     found: list[dict[str, Any]] = []
     at, looked = before, 0
@@ -343,7 +354,7 @@ async def result_of(request: Request, run_id: str) -> dict[str, Any]:
     sha256 = found[1] if found is not None else ""
     cell = _view_cache((run_id, sha256))
     if "result" not in cell:
-        cell["result"] = await runs.plain_result(run_id)
+        cell["result"] = await runs.plans_of(run_id)
     kept: dict[str, Any] = cell["result"]
     return kept
 

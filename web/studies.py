@@ -154,10 +154,11 @@ def _sweep(
     request: PlanningRequest, vary: str, values: list[float], runs: Runs | None, report: Progress
 ) -> dict[str, Any]:
     """A sweep in this thread, with a planner that knows uploaded traces."""
-    from api.solver import UPLOAD_PREFIX, make_planner
+    from api.kinds import UPLOAD_PREFIX
+    from api.solver import make_planner
 
     planner = make_planner()
-    planner.known, planner.told, planner.uploads = {}, lambda *_: None, {}
+    planner.uploads = {}
     with ExitStack() as stack:
         trace = request.workload.trace
         if trace is not None and runs is not None and trace.path.startswith(UPLOAD_PREFIX):

@@ -38,10 +38,10 @@ def timeline(request: Mapping[str, Any], plan: Mapping[str, Any], runs: Runs) ->
 
     Raises InputError for a plan that cannot be simulated any more (its trace was deleted).
     """
-    from api.solver import UPLOAD_PREFIX
+    from api.kinds import UPLOAD_PREFIX
 
     planner = _planner()
-    planner.known, planner.told, planner.uploads = {}, lambda *_: None, {}
+    planner.uploads = {}
     with ExitStack() as stack:
         path = ((request.get("workload") or {}).get("trace") or {}).get("path", "")
         if path.startswith(UPLOAD_PREFIX):

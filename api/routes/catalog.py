@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 
+from api.runs import matches
 from api.schemas import CatalogRow, problems
 from api.service import Service
 
@@ -27,8 +28,7 @@ async def _answer(service: Service, kind: str, if_none_match: str) -> Response:
     body = json.dumps(await service.catalog(kind), ensure_ascii=False, separators=(",", ":")).encode()
     tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {"ETag": tag, "Cache-Control": "no-cache"}
-    known = {item.strip().removeprefix("W/") for item in if_none_match.split(",")}
-    if tag in known or if_none_match.strip() == "*":
+    if matches(if_none_match, tag):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
 
@@ -61,6 +61,12 @@ async def models(service: Work, if_none_match: IfNoneMatch = "") -> Response:
 async def engines(service: Work, if_none_match: IfNoneMatch = "") -> Response:
     """Engine profiles by version: defaults, scheduler policy, host overhead."""
     return await _answer(service, "engines", if_none_match)
+
+
+@router.get("/costmodels", **_documented("costmodels"))
+async def costmodels(service: Work, if_none_match: IfNoneMatch = "") -> Response:
+    """Fitted predictors: what they were fitted on, and how far off they are."""
+    return await _answer(service, "costmodels", if_none_match)
 
 
 @router.get("/workloads", **_documented("workloads"))

@@ -15,6 +15,7 @@ from api.checks import admit
 from api.routes.body import json_body
 from api.schemas import EvaluateAnswer, ValidateAnswer, problems, request_body
 from api.service import Service
+from api.study_schemas import MEASURED_EXAMPLE, MeasuredAnswer, body_of
 from planner import PlanningResult
 
 router = APIRouter(prefix="/api/v1", tags=["planning"])
@@ -104,3 +105,17 @@ async def validate(body: Body, service: Work) -> JSONResponse:
         }
     )
     return JSONResponse(answer.model_dump())
+
+
+@router.post(
+    "/measurements",
+    operation_id="compareMeasurement",
+    summary="Compare a prediction with a measured run",
+    description="The body is a planning request with its `plan` and `measured`, what a benchmark of it gave. "
+    "Nothing is stored.",
+    openapi_extra=body_of("MeasuredRequest", MEASURED_EXAMPLE, "TTFT and throughput of a benchmark"),
+    responses={200: {"model": MeasuredAnswer}, **problems(400, 413, 415, 422, 503)},
+)
+async def compare_measurement(body: Body, service: Work) -> JSONResponse:
+    """POST /api/v1/measurements."""
+    return JSONResponse(await service.compare(body))

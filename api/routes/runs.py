@@ -12,9 +12,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
+from api.asked import studied_plan
 from api.compare import compare
 from api.errors import ApiError, unprocessable
 from api.keys import Principal
+from api.kinds import PLAN, Kind
 from api.lifecycle import ENDS, Status
 from api.routes.body import json_body
 from api.run_schemas import (
@@ -28,11 +30,11 @@ from api.run_schemas import (
     run_body,
     run_problems,
 )
-from api.runs import Runs, canonical_device, canonical_model, detail, etag, reproduction, view
+from api.runs import Runs, canonical_device, canonical_model, detail, etag, matches, reproduction, view
 from api.store import Filters, decode_cursor, encode_cursor
+from api.study_schemas import FleetAnswer, SweepAnswer
 from hardware import InputError
-from planner import PlanningResult
-from planner.exports import TARGETS, export_result
+from planner import PlanningResult, exports
 
 router = APIRouter(prefix="/api/v1/runs", tags=["runs"])
 _JSON = "application/json"
@@ -94,7 +96,12 @@ async def create_run(
     prefer: Prefer = "",
 ) -> Response:
     """POST /api/v1/runs."""
-    run, _ = await runs.submit(body, who, idempotency_key)
+    return await queued(runs, who, body, idempotency_key, prefer, PLAN)
+
+
+async def queued(runs: Runs, who: Principal, body: Any, key: str | None, prefer: str, kind: str) -> Response:
+    """The answer to a body that asks for a run of a kind."""
+    run, _ = await runs.submit(body, who, key, kind)
     wait_s = _wait_s(prefer)
     if wait_s is not None and run["status"] not in ENDS:
         run = await runs.wait(run["id"], wait_s)
@@ -122,6 +129,7 @@ async def list_runs(
     limit: Annotated[int, Query(ge=1, le=200, description="runs on a page")] = 50,
     cursor: Annotated[str, Query(description="`next_cursor` of the page before", max_length=100)] = "",
     status: Annotated[list[Status] | None, Query(description="repeatable: any of them")] = None,
+    kind: Annotated[Kind | None, Query(description="what was asked")] = None,
     model: Annotated[str | None, Query(description="by any of the model's names", max_length=200)] = None,
     device: Annotated[str | None, Query(description="runs on this device", max_length=200)] = None,
     label: Annotated[str | None, Query(max_length=200)] = None,
@@ -141,6 +149,7 @@ async def list_runs(
         model=None if model is None else canonical_model(model),
         device=None if device is None else canonical_device(device),
         label=label,
+        kind=kind,
         created_after=_instant("created_after", created_after),
         created_before=_instant("created_before", created_before),
     )
@@ -169,8 +178,8 @@ async def compare_runs(
     names = list(dict.fromkeys(part.strip() for part in ids.split(",") if part.strip()))
     if not 2 <= len(names) <= 8:
         raise unprocessable([("ids", f"must be 2 to 8 different ids with commas between, not {len(names)}")])
+    results = [await runs.plans_of(name) for name in names]
     found = [await runs.get(name) for name in names]
-    results = [await runs.plain_result(name) for name in names]
     return JSONResponse(compare(found, results))
 
 
@@ -192,7 +201,7 @@ async def get_run(
     wait_s = _wait_s(prefer)
     if wait_s is not None and run["status"] not in ENDS:
         run = await runs.wait(run_id, wait_s)
-    if _matches(if_none_match, etag(run)):
+    if matches(if_none_match, etag(run)):
         return Response(status_code=304, headers=_headers(run))
     return await _answer(runs, run, 200, {})
 
@@ -251,7 +260,7 @@ async def rerun(run_id: RunId, runs: Work, who: Who) -> Response:
     description="409 until the run has ended; 404 for a run that ended without an answer. A cancelled run "
     "has what was found until then.",
     responses={
-        200: {"model": PlanningResult},
+        200: {"model": PlanningResult | FleetAnswer | SweepAnswer, "description": "By the run's kind"},
         304: {"description": "Not Modified"},
         **run_problems(404, 409, 422, 503),
     },
@@ -262,7 +271,7 @@ async def get_result(
     """GET /api/v1/runs/{id}/result."""
     body, sha256 = await runs.result(run_id)
     headers = {"ETag": f'"{sha256[:32]}"', "Cache-Control": "private, no-cache", "Vary": "Accept-Encoding"}
-    if _matches(if_none_match, headers["ETag"]):
+    if matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     if "gzip" in request.headers.get("accept-encoding", ""):
         # It is stored compressed: nothing to be done.
@@ -312,7 +321,7 @@ async def stream_events(
 )
 async def get_plan(run_id: RunId, plan_id: PlanId, runs: Work) -> Response:
     """GET /api/v1/runs/{id}/plans/{plan_id}."""
-    result = await runs.plain_result(run_id)
+    result = await runs.plans_of(run_id)
     return JSONResponse(_entry(result, plan_id))
 
 
@@ -320,7 +329,8 @@ async def get_plan(run_id: RunId, plan_id: PlanId, runs: Work) -> Response:
     "/{run_id}/plans/{plan_id}/export",
     operation_id="exportPlan",
     summary="A plan as a command line or manifest",
-    description="Text by default; JSON with `Accept: application/json`.",
+    description="Text by default; JSON with `Accept: application/json`. Plans of fleets and sweeps as well, "
+    "by the ids in their results.",
     responses={
         200: {
             "model": ExportAnswer,
@@ -335,20 +345,30 @@ async def export_plan(
     plan_id: PlanId,
     request: Request,
     runs: Work,
-    target: Annotated[str, Query(description=", ".join(TARGETS), max_length=40)],
+    target: Annotated[str, Query(description=", ".join(exports.TARGETS), max_length=40)],
+    model: Annotated[
+        str | None,
+        Query(description="of a fleet: the name of the model, where it is not clear", max_length=200),
+    ] = None,
 ) -> Response:
     """GET /api/v1/runs/{id}/plans/{plan_id}/export."""
+    run = await runs.get(run_id)
     result = await runs.plain_result(run_id)
-    entry = _entry(result, plan_id)
     try:
-        artifact = export_result(result, entry["id"], target)
+        if run["kind"] == PLAN:
+            plan_id = _entry(result, plan_id)["id"]
+            artifact = exports.export_result(result, plan_id, target)
+        else:
+            artifact = exports.export_plan(*studied_plan(run["kind"], result, plan_id, model), target)
+    except LookupError as error:
+        raise ApiError(404, str(error.args[0]), kind="no-plan") from None
     except InputError as error:
         path = error.path.removeprefix("--")
         message = f"{error.message} ({error.hint})" if error.hint else error.message
         raise unprocessable([(path, message)]) from None
     if _JSON in request.headers.get("accept", ""):
         answer = {
-            "plan_id": entry["id"],
+            "plan_id": plan_id,
             "target": artifact.target,
             "files": artifact.files,
             "notes": list(artifact.notes),
@@ -380,11 +400,6 @@ async def _answer(runs: Runs, run: Mapping[str, Any], status: int, headers: Mapp
 
 def _headers(run: Mapping[str, Any]) -> dict[str, str]:
     return {"ETag": etag(run), "Cache-Control": "private, no-cache"}
-
-
-def _matches(if_none_match: str, tag: str) -> bool:
-    known = {item.strip().removeprefix("W/") for item in if_none_match.split(",")}
-    return tag in known or if_none_match.strip() == "*"
 
 
 def _expected(if_match: str) -> int | None:

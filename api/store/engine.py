@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._own = threading.local()
+        self._kept: list[sqlite3.Connection] = []
         try:
             parsed = make_url(url)
         except ArgumentError:
@@ -102,6 +105,21 @@ class Database:
                 ) from None
             self.path = None
 
+    def checkpoint_apart(self) -> None:
+        """Leave it to `checkpoint` to bring the log into the file: no writer waits for the disk then.
+
+        For connections made from now on; without effect on PostgreSQL.
+        """
+        if self.is_sqlite:
+            self.engine.dispose()
+            event.listen(self.engine, "connect", _no_checkpoints)
+
+    def checkpoint(self) -> None:
+        """Bring SQLite's log into the file, beside readers and writers."""
+        if self.is_sqlite:
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+
     @property
     def is_sqlite(self) -> bool:
         """One file on this machine."""
@@ -112,6 +130,18 @@ class Database:
         """A transaction that changes nothing."""
         with self.engine.connect() as connection:
             yield connection
+
+    def peek(self, statement: str, *arguments: Any) -> list[Any]:
+        """Rows of SQLite by plain SQL, on a connection that this thread keeps: for what is asked most."""
+        connection: sqlite3.Connection | None = getattr(self._own, "connection", None)
+        if connection is None:
+            assert self.path is not None
+            connection = sqlite3.connect(
+                self.path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False
+            )
+            self._own.connection = connection
+            self._kept.append(connection)
+        return connection.execute(statement, arguments).fetchall()
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -198,6 +228,9 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        while self._kept:
+            self._kept.pop().close()
+        self._own = threading.local()
         self.engine.dispose()
 
 
@@ -231,6 +264,10 @@ def _pragmas(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA foreign_keys=ON")
     cursor.execute("PRAGMA cache_size=-16000")
     cursor.close()
+
+
+def _no_checkpoints(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA wal_autocheckpoint=0")
 
 
 def _begin(connection: Connection) -> None:

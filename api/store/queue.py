@@ -24,6 +24,8 @@ CHECKPOINT: Table = tables.Checkpoint.__table__  # type: ignore[attr-defined]
 EVENT: Table = tables.Event.__table__  # type: ignore[attr-defined]
 DELIVERY: Table = tables.Delivery.__table__  # type: ignore[attr-defined]
 
+#: Built once: it goes with every change.
+_INSERT_EVENT = insert(EVENT)
 #: The channel on which PostgreSQL tells waiting workers of a new run; a hint only, polling finds it too.
 CHANNEL = "planfront_runs"
 #: Pauses after a worker was lost with a run, in s: the next may be lost for the same reason.
@@ -86,7 +88,7 @@ class Queue:
                 )
                 .returning(
                     RUN.c.version, RUN.c.attempt, RUN.c.request, RUN.c.owner, RUN.c.versions,
-                    RUN.c.rerun_of, RUN.c.created_at,
+                    RUN.c.rerun_of, RUN.c.created_at, RUN.c.kind,
                 )
             ).one()  # fmt: skip
             parts = connection.scalars(
@@ -104,11 +106,14 @@ class Queue:
             rerun_of=row.rerun_of,
             created_at=row.created_at,
             checkpoint=tuple(bytes(part) for part in parts),
+            kind=row.kind,
         )
 
-    def expire(self, *, most_crashes: int) -> int:
-        """Interrupt runs whose lease has run out; fail those that too many workers were lost with.
+    def expire(self, *, most_losses: int) -> int:
+        """Interrupt runs whose lease has run out; fail those that too many workers vanished with.
 
+        A worker that vanishes says little of its run (a machine was drained, a container killed), so these
+        are counted apart from search processes that ended, and only while the run gets no further.
         Returns how many were found. Any worker may call it at any time.
         """
         now, at, count = self.database.now(), time.time(), 0
@@ -117,7 +122,7 @@ class Queue:
             if connection.scalar(select(RUN.c.id).where(late).limit(1)) is None:
                 return 0
         pause = case(
-            *((RUN.c.crashes == n, literal(s)) for n, s in enumerate(_CRASH_PAUSE_S)),
+            *((RUN.c.losses == n, literal(s)) for n, s in enumerate(_CRASH_PAUSE_S)),
             else_=literal(_CRASH_PAUSE_S[-1]),
         )
         with self.database.write() as connection:
@@ -127,13 +132,13 @@ class Queue:
                 .values(
                     status=Status.INTERRUPTED,
                     version=RUN.c.version + 1,
-                    crashes=RUN.c.crashes + 1,
+                    losses=RUN.c.losses + 1,
                     available_at=now + pause,
                     worker_id=None,
                     lease_until=None,
                     updated_at=at,
                 )
-                .returning(RUN.c.id, RUN.c.version, RUN.c.crashes, RUN.c.cancel_requested, RUN.c.webhook_url)
+                .returning(RUN.c.id, RUN.c.version, RUN.c.losses, RUN.c.cancel_requested, RUN.c.webhook_url)
             ).all()
             for row in rows:
                 count += 1
@@ -141,8 +146,8 @@ class Queue:
                 self._event(connection, row.id, row.version, at, "status", told)
                 if row.cancel_requested:
                     self._close(connection, row, Status.CANCELLED, at, None)
-                elif row.crashes >= most_crashes:
-                    detail = f"{row.crashes} workers were lost while they worked on this run."
+                elif row.losses >= most_losses:
+                    detail = f"{row.losses} workers were lost with this run, and it got no further."
                     self._close(connection, row, Status.FAILED, at, {"kind": "lost", "detail": detail})
             if rows:
                 self._wake(connection)
@@ -198,7 +203,7 @@ class Queue:
             # The lock on the run's row: nobody claims it between the look and the insert.
             held = connection.execute(
                 # It got further since the last worker was lost: no run that kills whoever takes it.
-                update(RUN).where(self._held(claim)).values(crashes=0)
+                update(RUN).where(self._held(claim)).values(crashes=0, losses=0)
             ).rowcount
             if held:
                 connection.execute(insert(CHECKPOINT).values(run_id=claim.run_id, part=part, body=body))
@@ -394,7 +399,9 @@ class Queue:
         self, connection: Connection, run_id: str, seq: int, at: float, kind: str, data: Mapping[str, Any]
     ) -> None:
         words = json.dumps(data, allow_nan=False, separators=(",", ":"))
-        connection.execute(insert(EVENT).values(run_id=run_id, seq=seq, at=at, kind=kind, data=words))
+        connection.execute(
+            _INSERT_EVENT, {"run_id": run_id, "seq": seq, "at": at, "kind": kind, "data": words}
+        )
 
     def _wake(self, connection: Connection) -> None:
         """Tell waiting workers, on PostgreSQL; sent when the transaction commits."""

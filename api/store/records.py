@@ -43,11 +43,10 @@ def decode_cursor(cursor: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NewRun:
-    """A run to be queued. `request` is JSON text, `body_sha256` that of the whole body as sent."""
+    """A run to be queued. `kind` is one of `api.kinds`, `request` is JSON text."""
 
     owner: str
     request: str
-    request_sha256: str
     model: str
     devices: tuple[str, ...]
     engine: str
@@ -58,6 +57,9 @@ class NewRun:
     webhook_url: str | None = None
     webhook_secret: str | None = None
     rerun_of: str | None = None
+    kind: str = "plan"
+    #: All models, where there are several; `model` shows them.
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Claim:
     created_at: float
     #: What was simulated before, parts of JSON as they were stored.
     checkpoint: tuple[bytes, ...] = ()
+    kind: str = "plan"
 
 
 class Signal(Enum):

@@ -54,7 +54,7 @@ class Run(SQLModel, table=True):
     available_at: float = 0.0
     #: Counts claims, and fences: only the worker of the newest claim may write.
     attempt: int = 0
-    #: Workers lost with this run.
+    #: Search processes that ended with this run, since it last got further.
     crashes: int = 0
     worker_id: str | None = Field(default=None, max_length=80)
     lease_until: float | None = None
@@ -64,6 +64,12 @@ class Run(SQLModel, table=True):
     #: Of a run that has ended: what the result says in few words, as JSON.
     summary: str | None = Field(default=None, sa_column=_text(nullable=True))
     result_digest: str | None = Field(default=None, max_length=64)
+    #: plan | fleet | sweep
+    kind: str = Field(default="plan", max_length=16, sa_column_kwargs={"server_default": "plan"})
+    #: Of a run with several models: their catalog names between bars.
+    models: str = Field(sa_column=Column(Text, nullable=False, server_default=""), default="")
+    #: Workers that vanished with this run, since it last got further.
+    losses: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
 
 
 class Result(SQLModel, table=True):

@@ -1,6 +1,6 @@
-"""Collectives inside a node: a measured curve's three-term closed form and a smooth correction over size.
+"""Collectives inside a node, and memory-bound kernels: a measured curve's closed form and its correction.
 
-    log time = log(alpha + b w + c sqrt(w)) + s(log2 w),   w the message in bytes
+    log time = log(alpha + b w + c sqrt(w)) + s(log2 w),   w the bytes
 
 with alpha, b, c >= 0 fitted to relative errors and s a linear spline with a knot for every doubling, held
 back from every bend (a ridge on its differences). Beyond the measured sizes s keeps its last value. Engines
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from costmodels.learned.store import collective_curves
-from costmodels.ops import Collective, FloatArray
+from costmodels.learned.store import collective_curves, memory_curves
+from costmodels.ops import Collective, Elementwise, FloatArray
 from hardware.device import CommGroup, Device
 
 _RIDGE = 0.1
@@ -81,6 +81,26 @@ def describe(size_bytes: FloatArray, seconds: FloatArray) -> dict[str, Any]:
     found["p90"] = round(float(np.quantile(np.abs(np.expm1(-errors)), 0.9)), 4)
     found["interval"] = [round(float(np.quantile(errors, q)), 4) for q in (0.04, 0.96)]
     return found
+
+
+def learned_memory(op: Elementwise, device: Device, engine: str) -> tuple[FloatArray, str, str] | None:
+    """(seconds, kind, source) of memory-bound kernels, or None where none was measured.
+
+    What was measured is one kind of kernel (scaling activations to 8 bits); norms, rotary embeddings and
+    activations move bytes alike.
+    """
+    curves = memory_curves()
+    engines = [engine, *(name for name in ("vllm", "trtllm", "sglang") if name != engine)]
+    for name in filter(None, (device.name, device.kernels_like)):
+        for number, other in enumerate(engines):
+            curve = curves.get(f"{name}/{other}/elementwise")
+            if curve is None:
+                continue
+            each = np.asarray(op.bytes_moved, dtype=np.float64) / max(1, op.launches)
+            kind = "learned" if name == device.name and number == 0 else "transferred"
+            source = f"{name}/{other}/elementwise on {curve['data']}, one kind of kernel for all"
+            return op.launches * curve_time(curve, each), kind, source
+    return None
 
 
 def collective_keys(op: Collective, device: Device, engine: str) -> Iterator[tuple[str, bool]]:

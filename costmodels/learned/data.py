@@ -405,6 +405,40 @@ def power_problems(tables: Path) -> Iterator[Problem]:
                     )  # fmt: skip
 
 
+def memory_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArray, str]]:
+    """(`device/engine/elementwise`, device, bytes moved, seconds, what it is) of memory-bound kernels.
+
+    Engines' scaling of activations to 8 bits (3 bytes an element), and the profiler's copies, which come
+    first. Times are medians of an eighth of an octave. An engine that scales by several slow kernels in a
+    row tells nothing of one: what moves large tensors at less than half of the memory's rate is left out.
+    """
+    import pandas as pd
+
+    catalog = load_catalog()
+    for system, name in {**SYSTEMS, **{name: name for name in catalog.devices}}.items():
+        root, device = tables / system, catalog.device(name)
+        for engine in ENGINES:
+            scaled = sorted((root / "quantize" / engine).glob("*/scale_matrix_perf.*"), key=_version)
+            copied = sorted((root / "memory" / engine).glob("*/memory_perf.*"), key=_version)
+            if not (scaled or copied):
+                continue
+            path = (copied or scaled)[-1]
+            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            frame = frame[frame["latency"] > 0]
+            moved = 2.0 * frame["size_bytes"] if copied else 3.0 * frame["m"] * frame["k"]
+            frame = frame.assign(moved=moved, bin=np.round(8.0 * np.log2(moved)))
+            binned = frame.groupby("bin", sort=True)[["moved", "latency"]].median()
+            size, seconds = binned["moved"].to_numpy(), binned["latency"].to_numpy() * 1e-3
+            if len(size) < _LEAST_SIZES:
+                continue
+            rate = size[-3:].sum() / seconds[-3:].sum()
+            if size[-1] > 4 * device.l2_bytes and rate < 0.5 * device.memory_bandwidth_bytes_per_s:
+                continue
+            source = "own measurements" if copied else "aiconfigurator-core"
+            label = f"{source}, {engine} {path.parent.name}"
+            yield f"{name}/{engine}/elementwise", name, size, seconds, label
+
+
 def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArray, str]]:
     """(`device/engine/kind/devices`, device, bytes, seconds, what it is) of every measured collective.
 
@@ -431,5 +465,6 @@ def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, Floa
                     continue
                 spelled = {"alltoall": "all_to_all"}.get(str(kind), str(kind))
                 key = f"{name}/{engine}/{spelled}/{devices}"
-                label = f"aiconfigurator-core, {engine} {path.parent.name}"
+                source = "aiconfigurator-core" if system in SYSTEMS else "own measurements"
+                label = f"{source}, {engine} {path.parent.name}"
                 yield key, name, size, curve.to_numpy() * 1e-3, label

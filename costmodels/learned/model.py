@@ -20,7 +20,7 @@ from costmodels import sizes
 from costmodels.analytic import RooflineModel, format_key
 from costmodels.base import Prediction
 from costmodels.kernels import prefill_time
-from costmodels.learned.curves import learned_collective
+from costmodels.learned.curves import learned_collective, learned_memory
 from costmodels.learned.shapes import (
     MLA_CACHED,
     MLA_HEAD,
@@ -46,7 +46,14 @@ from costmodels.ops import (
     PrefillAttention,
 )
 from costmodels.power import operator_power, sustained_factor
-from costmodels.roofline import array, causal_pairs, element_bytes, roofline_bound
+from costmodels.roofline import (
+    arithmetic,
+    array,
+    causal_pairs,
+    element_bytes,
+    peak_flops_per_s,
+    roofline_bound,
+)
 from hardware.device import Device
 
 #: Interval, each way, for every doubling of a size beyond the measured range (log units).
@@ -61,6 +68,8 @@ _SHORT_CHUNK = 64.0
 #: (log units): the same kernels differ by 2-12 % between twins, prompts of two engines by more.
 _TWIN = 0.12
 _OTHER_ENGINE = 0.25
+#: Interval of memory-bound kernels: one kind was measured, and stands for all.
+_ONE_KIND = (0.7, 1.4)
 _ENGINES = ("sglang", "trtllm", "vllm")
 _LIBRARY = "cublas"
 
@@ -150,7 +159,9 @@ class LearnedModel:
     def _at(self, op: Operator, device: Device) -> Prediction:
         if isinstance(op, Collective):
             return self._collective(op, device)
-        asked = None if isinstance(op, Elementwise) else _ask(op, device)
+        if isinstance(op, Elementwise):
+            return self._elementwise(op, device)
+        asked = _ask(op, device)
         artifact, kind, doubt = self._artifact(asked, device) if asked else (None, "", 0.0)
         if asked is None or artifact is None:
             return self.fallback.predict(op, device)
@@ -192,6 +203,18 @@ class LearnedModel:
             if library is not None:
                 return library, "transferred", _TWIN
         return None, "", 0.0
+
+    def _elementwise(self, op: Elementwise, device: Device) -> Prediction:
+        plain, found = self.fallback.predict(op, device), learned_memory(op, device, self.engine)
+        if found is None:
+            return plain
+        seconds, kind, source = found
+        bound = roofline_bound(op, device)
+        # Where arithmetic counts (recurrent scans) it may take longer than the bytes do.
+        compute = array(op.flops) / (0.5 * peak_flops_per_s(device, arithmetic(op, device)))
+        time = np.maximum(np.maximum(seconds, compute), bound)
+        low, high = (np.maximum(time * factor, bound) for factor in _ONE_KIND)
+        return Prediction(time, operator_power(op, device, time), low, high, kind, source)
 
     def _collective(self, op: Collective, device: Device) -> Prediction:
         found = learned_collective(op, device, self.engine)

@@ -1,6 +1,7 @@
 """Fitted predictors on disk: those that ship, and a user's own before them.
 
-A folder of predictors holds `index.json` (key -> file and card), the files, and `collectives.json`.
+A folder of predictors holds `index.json` (key -> file and card), the files, and the curves of collectives and
+of memory-bound kernels (`collectives.json`, `elementwise.json`).
 `PLANFRONT_COSTMODELS` names a folder of the user's own, as `planfront train` writes it: what stands there is
 taken before what ships.
 """
@@ -73,7 +74,7 @@ def folders() -> tuple[Path, ...]:
     return own, shipped
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -90,9 +91,18 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def collective_curves() -> dict[str, Any]:
     """Key -> fitted curve of a collective."""
+    return _curves("collectives.json")
+
+
+def memory_curves() -> dict[str, Any]:
+    """Key -> fitted curve of memory-bound kernels."""
+    return _curves("elementwise.json")
+
+
+def _curves(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for folder in reversed(folders()):
-        found |= _read(folder, "collectives.json").get("curves", {})
+        found |= _read(folder, name).get("curves", {})
     return found
 
 
@@ -102,12 +112,14 @@ def artifact_rows() -> list[dict[str, Any]]:
         {"name": key, **{k: v for k, v in row.items() if k != "folder"}, "source": row["data"]}
         for key, row in sorted(rows().items())
     ]
-    for key, curve in sorted(collective_curves().items()):
+    curves = [(*item, "collectives.json") for item in collective_curves().items()]
+    curves += [(*item, "elementwise.json") for item in memory_curves().items()]
+    for key, curve, file in sorted(curves, key=lambda item: item[0]):
         kept.append(
             {
                 "name": key, "mape": curve["mape"], "p90": curve["p90"], "rows": curve["rows"],
                 "closed_form_mape": None, "coverage": None, "data": curve["data"], "source": curve["data"],
-                "file": "collectives.json",
+                "file": file,
             }
         )  # fmt: skip
     return kept

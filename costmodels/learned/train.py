@@ -30,7 +30,14 @@ import numpy.typing as npt
 
 from costmodels.learned.apex import apex_collectives, apex_problems
 from costmodels.learned.curves import describe
-from costmodels.learned.data import Problem, collective_tables, find_tables, power_problems, problems
+from costmodels.learned.data import (
+    Problem,
+    collective_tables,
+    find_tables,
+    memory_tables,
+    power_problems,
+    problems,
+)
 from costmodels.learned.net import Net, fit_net
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import (
@@ -387,12 +394,30 @@ def train_collectives(
         if link:
             curves[key] = {**describe(size, seconds), "data": label, "link_bytes_per_s": link}
     if curves:
-        text = json.dumps({"license": "Apache-2.0", "curves": curves}, sort_keys=True)
-        (out_dir / "collectives.json").write_text(text.replace('}, "', '},\n"') + "\n", encoding="utf-8")
+        _write_curves(out_dir / "collectives.json", curves)
         if progress:
             error = float(np.mean([curve["mape"] for curve in curves.values()]))
             progress(f"{len(curves)} curves of collectives, left-out sizes {100 * error:.1f} %")
     return len(curves)
+
+
+def train_memory(tables: Path, out_dir: Path, progress: Callable[[str], None] | None = None) -> int:
+    """Fit the curves of memory-bound kernels into `elementwise.json`; how many there are."""
+    curves = {
+        key: {**describe(size, seconds), "data": label}
+        for key, _, size, seconds, label in memory_tables(tables)
+    }
+    if curves:
+        _write_curves(out_dir / "elementwise.json", curves)
+        if progress:
+            error = float(np.mean([curve["mape"] for curve in curves.values()]))
+            progress(f"{len(curves)} curves of memory-bound kernels, left-out sizes {100 * error:.1f} %")
+    return len(curves)
+
+
+def _write_curves(path: Path, curves: dict[str, Any]) -> None:
+    text = json.dumps({"license": "Apache-2.0", "curves": curves}, sort_keys=True)
+    path.write_text(text.replace('}, "', '},\n"') + "\n", encoding="utf-8")
 
 
 def collective_link(catalog: Any, device: str) -> float:
@@ -536,6 +561,8 @@ def train(
     )
     if not only or "collectives" in only:
         train_collectives(tables, out_dir, progress, apex_dir)
+    if tables is not None and (not only or "elementwise" in only):
+        train_memory(tables, out_dir, progress)
     if workers <= 1:
         for problem in wanted:
             keep(*train_one(problem, seed))
@@ -549,7 +576,7 @@ def train(
                     keep(*ahead.popleft().result())
             while ahead:
                 keep(*ahead.popleft().result())
-    if not judged and "collectives" not in only:
+    if not judged and not {"collectives", "elementwise"} & set(only):
         raise InputError("--only", "no predictor's key holds any of these parts")
     index_path.write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return cards

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -66,6 +66,8 @@ class _Launch:
     devices_per_node: int
     vendor: str
     config: dict[str, Any] = field(default_factory=dict)  # TensorRT-LLM's YAML
+    config_flag: str = ""
+    config_sources: dict[str, str] = field(default_factory=dict)  # the plan's fields by their place in it
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -75,8 +77,13 @@ class _Launch:
         for flag in self.flags:
             words += [flag.name, flag.value] if flag.value else [flag.name]
         if self.config:
-            words += ["--config", "config.yaml"]
+            words += [self.config_flag, "config.yaml"]
         return words
+
+    def config_text(self) -> str:
+        """The YAML, below a list of the plan's fields behind it."""
+        reasons = [f"#   {place:<42} {source}\n" for place, source in self.config_sources.items()]
+        return "# The field of the plan behind each:\n" + "".join(reasons) + _yaml([self.config])
 
 
 @lru_cache(maxsize=1)
@@ -171,7 +178,26 @@ def _launch(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) ->
     _formats(launch, worker["quantization"], own)
     if engine == "trtllm":
         launch.config = _trtllm_config(worker)
+        launch.config_flag = next(row["flag"] for row in table["config"] if _knows(row, version))
+        launch.config_sources = {
+            place: source for place, source in _TRTLLM_SOURCES.items() if _stands(launch.config, place)
+        }
     return launch
+
+
+def _knows(row: Mapping[str, Any], version: str) -> bool:
+    """Whether a version of an engine has what a row of its table says."""
+    if "since" in row and _number(version) < _number(row["since"]):
+        return False
+    return not ("until" in row and _number(version) > _number(row["until"]))
+
+
+def _stands(config: Any, place: str) -> bool:
+    for part in place.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return False
+        config = config[part]
+    return True
 
 
 def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -185,12 +211,10 @@ def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _flag(
     option: Mapping[str, Any], values: Mapping[str, Any], version: str, own: str, launch: _Launch
 ) -> _Flag | None:
-    if "since" in option and _number(version) < _number(option["since"]):
+    if not _knows(option, version):
         return None
-    if "until" in option and _number(version) > _number(option["until"]):
-        return None
-    name = option["field"]
-    value = values[name]
+    name = option.get("source", option["field"])
+    value = values[option["field"]]
     if isinstance(value, bool):
         text = option.get("on" if value else "off")
         return _Flag(text, "", name) if text else None
@@ -237,6 +261,30 @@ def _formats(launch: _Launch, formats: Mapping[str, str], own: str) -> None:
         launch.notes.append(f"Weights are {how}; a published fp8 checkpoint keeps calibrated scales.")
 
 
+#: The plan's field behind each entry of TensorRT-LLM's YAML.
+_TRTLLM_SOURCES = {
+    "kv_cache_config.free_gpu_memory_fraction": "memory_fraction",
+    "kv_cache_config.enable_block_reuse": "prefix_caching",
+    "kv_cache_config.dtype": "quantization.kv_cache",
+    "enable_chunked_prefill": "batching.chunked_prefill",
+    "cuda_graph_config": "batching.cuda_graphs",
+    "enable_attention_dp": "parallelism.attention_data",
+}
+
+
+class _Plain(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
+    """YAML without anchors: what is the same twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Always."""
+        return True
+
+
+def _yaml(documents: Sequence[Any]) -> str:
+    text: str = yaml.dump_all(documents, Dumper=_Plain, sort_keys=False)
+    return text
+
+
 def _trtllm_config(worker: Mapping[str, Any]) -> dict[str, Any]:
     """What TensorRT-LLM takes in its YAML."""
     batching, degrees = worker["batching"], worker["parallelism"]
@@ -278,12 +326,12 @@ def _command(launch: _Launch, target: str) -> Artifact:
     reasons = [f"#   {flag.name:<30} {flag.source}" for flag in launch.flags]
     lines += [f"  {flag.name}{' ' + shlex.quote(flag.value) if flag.value else ''}" for flag in launch.flags]
     if launch.config:
-        lines.append("  --config config.yaml")
+        lines.append(f"  {launch.config_flag} config.yaml")
     text = f"# {launch.engine} {launch.version}; each option and the field of the plan behind it:\n"
     text += "\n".join(reasons) + "\n" + " \\\n".join(lines) + "\n"
     files = {"run.sh": "#!/usr/bin/env bash\n" + text}
     if launch.config:
-        files["config.yaml"] = yaml.safe_dump(launch.config, sort_keys=False)
+        files["config.yaml"] = launch.config_text()
     return Artifact(target, files, tuple(notes))
 
 
@@ -311,7 +359,7 @@ def _kubernetes(launch: _Launch) -> Artifact:
                 "apiVersion": "v1",
                 "kind": "ConfigMap",
                 "metadata": {"name": name},
-                "data": {"config.yaml": yaml.safe_dump(launch.config, sort_keys=False)},
+                "data": {"config.yaml": launch.config_text()},
             }
         )
         mounts.append({"name": "config", "mountPath": "/etc/planfront"})
@@ -358,7 +406,7 @@ def _kubernetes(launch: _Launch) -> Artifact:
             "spec": {"selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
         },
     ]
-    text = yaml.safe_dump_all(documents, sort_keys=False)
+    text = _yaml(documents)
     notes = (*launch.notes, "A gated model needs the secret `hugging-face` with the key `token`.")
     return Artifact("kubernetes", {"deployment.yaml": text}, notes)
 
@@ -397,9 +445,9 @@ def _dynamo(launch: _Launch) -> Artifact:
             ]
         },
     }
-    files = {"graph.yaml": yaml.safe_dump(graph, sort_keys=False)}
+    files = {"graph.yaml": _yaml([graph])}
     if launch.config:
-        files["config.yaml"] = yaml.safe_dump(launch.config, sort_keys=False)
+        files["config.yaml"] = launch.config_text()
     notes = (*launch.notes, "Set the image of both components to a Dynamo release with this engine version.")
     return Artifact("dynamo", files, notes)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hardware import InputError
 from planner.plans import PlanSpace
-from planner.search.base import Judged, Outcome, Progress, Rejected, Searcher, Support
+from planner.search.base import Cancelled, Judged, Outcome, Progress, Rejected, Searcher, Support
 from planner.search.cpsat import CpSatSearch
 from planner.search.exhaustive import ExhaustiveSearch
 from planner.search.mcts import MctsSearch
@@ -62,6 +62,7 @@ def choose_searcher(
 
 
 __all__ = [
+    "Cancelled",
     "CpSatSearch",
     "ExhaustiveSearch",
     "Judged",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from planner.evaluate import Evaluation, Evaluator
@@ -83,16 +83,31 @@ class Outcome:
 class Support:
     """What a search may lean on; nothing of it changes what a finished search finds.
 
-    `backend` says who evaluates (see `planner.search.pool`). `checkpoint` is called now and then, and at the
-    end, with the plans simulated since the last call, as plain JSON values; a search that gets all of them
-    as `resume` goes the same way again without simulating them anew, and on from where it was cut off.
+    `backend` says who evaluates (see `planner.search.pool`). `checkpoint` is called about every `every_s`
+    seconds, and at the end, with what was simulated since the last call, as plain JSON values; a search that
+    gets all of them as `resume` goes the same way again without simulating them anew, and on from where it
+    was cut off. What came from `resume` is not handed over again.
     `race` orders plans by short runs first where the traffic is long enough (see `planner.search.race`).
     """
 
     backend: str = "auto"
     checkpoint: Callable[[dict[str, Any]], None] | None = None
     resume: Sequence[Mapping[str, Any]] = ()
+    every_s: float = 5.0
     race: bool = True
+
+    def marked(self, name: str, value: Any) -> Support:
+        """The same for one search of several that share a checkpoint: its parts bear the mark."""
+        save = self.checkpoint
+        return replace(
+            self,
+            checkpoint=None if save is None else lambda part: save({**part, name: value}),
+            resume=[part for part in self.resume if part.get(name) == value],
+        )
+
+
+class Cancelled(Exception):
+    """The work was cancelled before there was anything to answer."""
 
 
 ProgressCallback = Callable[[Progress], None]

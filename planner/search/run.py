@@ -27,8 +27,6 @@ FloatArray = npt.NDArray[np.float64]
 EQUAL = 1e-9
 #: Least time between two reports of progress, in s; the last one always comes.
 _REPORT_S = 0.05
-#: Time between two checkpoints, in s.
-_SAVE_S = 5.0
 #: Share of the budget that bounds may take.
 _BOUND_SHARE = 0.6
 #: Share of what is left of the budget that a race may take.
@@ -346,9 +344,9 @@ class SearchRun:
             self.lost += 1
             return
         self.judged.append(item)
-        if self.support.checkpoint is not None:
+        if self.support.checkpoint is not None and item.point.id not in self.remembered:
             self._unsaved.append(item)
-            if self.clock() - self._last_save > _SAVE_S:
+            if self.clock() - self._last_save > self.support.every_s:
                 self.save()
         if item.meets_slo:
             own = np.array(rounded(item.objectives))

@@ -50,7 +50,12 @@ def work(store: Store, taken: Claim | None = None) -> str:
         if kind != "checkpoint":
             events.append((kind, value))
 
-    found = solve(_PLANNER.planner, Job(taken.run_id, taken.request, taken.checkpoint), tell, lambda: False)
+    found = solve(
+        _PLANNER.planner,
+        Job(taken.run_id, taken.request, taken.checkpoint, kind=taken.kind),
+        tell,
+        lambda: False,
+    )
     assert store.finish(
         taken,
         Status(found.status),

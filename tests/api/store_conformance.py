@@ -33,7 +33,6 @@ def new_run(owner: str = "ann", **changes: Any) -> NewRun:
     values: dict[str, Any] = {
         "owner": owner,
         "request": '{"search":{"budget_s":1.0},"text":"é\\u0000"}',
-        "request_sha256": "0" * 64,
         "model": "llama-3.1-8b",
         "devices": ("h100-sxm-80gb", "l4"),
         "engine": "vllm",
@@ -205,7 +204,7 @@ class StoreConformance:
         ]
         assert store.heartbeat(claim, lease_s=LEASE_S, events=events) is Signal.GO_ON
         time.sleep(0.25)
-        assert store.expire(most_crashes=3) == 0
+        assert store.expire(most_losses=3) == 0
         found = store.run(run_id)
         assert found is not None
         assert json.loads(found["progress"]) == {"n": 2}
@@ -222,7 +221,7 @@ class StoreConformance:
         assert store.add_checkpoint(old, 0, b"part 0")
         assert store.add_checkpoint(old, 1, b"part 1")
         time.sleep(0.05)
-        assert store.expire(most_crashes=3) == 1
+        assert store.expire(most_losses=3) == 1
         assert status(store, run_id) == "interrupted"
         new = claimed(store, "w2")
         assert (new.run_id, new.attempt, new.checkpoint) == (run_id, 2, (b"part 0", b"part 1"))
@@ -241,7 +240,7 @@ class StoreConformance:
         store.submit(new_run())
         old = claimed(store, "w1", lease_s=0.01)
         time.sleep(0.05)
-        store.expire(most_crashes=3)
+        store.expire(most_losses=3)
         new = claimed(store, "w1")
         assert not store.finish(old, Status.DONE, result=b"x", result_sha256="0")
         assert store.finish(new, Status.DONE, result=b"x", result_sha256="0")
@@ -267,7 +266,7 @@ class StoreConformance:
                 time.sleep(1.05)
                 claim = claimed(store, lease_s=0.01)
             time.sleep(0.05)
-            store.expire(most_crashes=2)
+            store.expire(most_losses=2)
         found = store.run(run_id)
         assert found is not None
         assert found["status"] == "failed"
@@ -287,6 +286,21 @@ class StoreConformance:
         assert store.give_back(claimed(store), "lost", crashed=True, most_crashes=2)
         assert store.give_back(claimed(store), "lost", crashed=True, most_crashes=2)
         assert status(store, run_id) == "failed"
+
+    def test_vanished_workers_do_not_use_up_what_crashes_may(self, store: Store) -> None:
+        """A worker that is killed from outside says little of its run."""
+        run_id, _ = store.submit(new_run())
+        claim = claimed(store, lease_s=0.01)
+        time.sleep(0.05)
+        assert store.expire(most_losses=3) == 1
+        assert store.give_back(claimed(store), "lost", crashed=True, most_crashes=2)
+        assert status(store, run_id) == "interrupted"
+        # A new part of the work wipes out both.
+        claim = claimed(store)
+        assert store.add_checkpoint(claim, 0, b"x")
+        found = store.run(run_id)
+        assert found is not None
+        assert found["crashes"] == 0
 
     def test_a_run_that_gets_further_is_no_killer(self, store: Store) -> None:
         run_id, _ = store.submit(new_run())
@@ -338,7 +352,7 @@ class StoreConformance:
         store.cancel(run_id)
         if how == "expire":
             time.sleep(0.05)
-            assert store.expire(most_crashes=3) == 1
+            assert store.expire(most_losses=3) == 1
         else:
             assert store.give_back(claim, "shut down")
         assert status(store, run_id) == "cancelled"
@@ -460,7 +474,7 @@ class StoreConformance:
         for _ in range(120):
             steps: list[Callable[[], Any]] = [
                 lambda: held.append(c) if (c := store.claim(f"w{rng.random()}", lease_s=0.02)) else None,
-                lambda: store.expire(most_crashes=3),
+                lambda: store.expire(most_losses=3),
                 lambda: store.cancel(rng.choice(ids)) if rng.random() < 0.2 else None,
                 lambda: store.heartbeat(rng.choice(held), lease_s=0.02) if held else None,
                 lambda: (

@@ -10,8 +10,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_api
+from api.asked import problems_of_kind
 from api.runs import RunChanges, RunOptions
 from api.settings import Settings
+from costmodels import artifact_rows
 from hardware import InputError, catalog_rows
 from planner.engines import engine_rows
 from planner.models import model_rows
@@ -23,11 +25,15 @@ ROWS = {
     "models": model_rows,
     "engines": engine_rows,
     "workloads": workload_rows,
+    "costmodels": artifact_rows,
 }
 SERVED = {
     ("post", "/api/v1/plans"),
     ("post", "/api/v1/evaluate"),
     ("post", "/api/v1/validate"),
+    ("post", "/api/v1/measurements"),
+    ("post", "/api/v1/fleets"),
+    ("post", "/api/v1/sweeps"),
     *(("get", f"/api/v1/catalog/{kind}") for kind in ROWS),
     ("get", "/healthz"),
     ("get", "/readyz"),
@@ -187,12 +193,17 @@ def test_examples_are_requests_that_can_be_planned(client: TestClient, document:
                 continue
             request = {key: value for key, value in example["value"].items() if key != "run"}
             RunOptions.model_validate(example["value"].get("run", {}))
+            kind = {"/api/v1/fleets": "fleet", "/api/v1/sweeps": "sweep"}.get(path)
+            if kind is not None:
+                assert problems_of_kind(kind, request, Settings()) == []
+                continue
+            request.pop("measured", None)
             answer = client.post("/api/v1/validate", json=request).json()
             assert answer["valid"], (path, answer["errors"])
-            assert ("plan" in example["value"]) == path.endswith("evaluate")
+            assert ("plan" in example["value"]) == path.endswith(("evaluate", "measurements"))
             if path.endswith("evaluate"):
                 assert client.post(path, json=example["value"]).json()["status"] == "ok"
-    assert seen == 5
+    assert seen == 8
 
 
 def test_answers_have_the_documented_fields(

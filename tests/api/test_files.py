@@ -226,10 +226,10 @@ def test_a_line_above_the_bound_is_skipped_and_the_rest_goes_on(
 
 
 @pytest.mark.usefixtures("bounded")
-def test_a_line_of_two_gigabytes_is_skipped_in_bounded_memory(tmp_path: Path) -> None:
+def test_a_huge_line_is_skipped_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     with path.open("wb") as file:
-        file.truncate(2 << 30)
+        file.truncate(700 << 20)  # more than memory may grow by
         file.seek(0, 2)
         file.write(b"\nnext\n")
     assert list(read_lines(path)) == [(1, None), (2, b"next\n")]

@@ -73,7 +73,7 @@ def check(store: Store) -> None:
     assert store.key("abcdefghij") is not None
     assert [upload.name for upload in store.uploads()] == ["t"]
     # What was under way when the old version ended goes on: its lease has run out long ago.
-    assert store.expire(most_crashes=5) == 1
+    assert store.expire(most_losses=5) == 1
     ids = set()
     for _ in range(2):
         claim = store.claim("new", lease_s=60)

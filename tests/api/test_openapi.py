@@ -27,6 +27,7 @@ from api.settings import Settings
 from api.store import open_store
 from tests.api.conftest import small_request
 from tests.api.serving import working
+from tests.api.test_studies import FLEET
 
 #: Not asked here, with why: a DELETE of a run cancels it and leaves it readable; names of models, fields that
 #: depend on each other and the like are beyond a schema, so not all that it allows is accepted; fields that
@@ -39,6 +40,12 @@ EXCLUDED = [
     checks.ignored_auth,
 ]
 EXAMPLES = 12
+#: Bodies that lead somewhere.
+MADE: dict[str, Any] = {
+    "createRun": small_request(),
+    "createFleet": FLEET,
+    "createSweep": {"request": small_request(), "vary": "slo.ttft_s.p95", "values": [1.0]},
+}
 
 
 QUIET = settings(
@@ -119,8 +126,8 @@ def test_operations_in_sequence(schema: Any) -> None:
     class Sequence(machine):  # type: ignore[misc, valid-type]
         def before_call(self, case: Any) -> None:
             name = case.operation.definition.raw.get("operationId")
-            if name == "createRun":
-                case.body, case.media_type = small_request(), "application/json"
+            if name in MADE:
+                case.body, case.media_type = MADE[name], "application/json"
                 case.headers = {"Prefer": "wait=5"}
             elif name == "createUpload":
                 case.body = b'{"arrival_s": 0, "input_tokens": 9, "output_tokens": 9}\n'
@@ -136,7 +143,14 @@ def test_operations_in_sequence(schema: Any) -> None:
             case.validate_response(response, excluded_checks=EXCLUDED)
 
     run_state_machine_as_test(Sequence, settings=settings(QUIET, stateful_step_count=10))
-    made = {("createRun", 200), ("getRun", 200), ("createUpload", 201), ("getResult", 200)}
+    made = {
+        ("createRun", 200),
+        ("createFleet", 200),
+        ("createSweep", 200),
+        ("getRun", 200),
+        ("createUpload", 201),
+        ("getResult", 200),
+    }
     assert made <= statuses, sorted(statuses)
 
 

@@ -140,6 +140,13 @@ def receiver() -> Iterator[tuple[str, type[_Receiver]]]:
     server.server_close()
 
 
+def test_a_secret_of_the_standard_is_read_as_it_says() -> None:
+    """The example of the Standard Webhooks specification's own libraries."""
+    secret, body = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", '{"test": 2432232314}'
+    found = webhooks.signature(secret, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, body)
+    assert found == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
 def test_the_end_of_a_run_is_told_signed(tmp_path: Path, receiver: tuple[str, type[_Receiver]]) -> None:
     url, handler = receiver
     secret = "0123456789abcdef"

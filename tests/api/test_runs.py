@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.settings import Settings
+from api.solver import versions
 from api.store import Store
 from planner import PlanningResult
 from tests.api.conftest import small_request
@@ -100,6 +101,14 @@ def test_the_budget_is_capped_by_the_runs_own_limit(served: tuple[TestClient, St
         (small_request(run=7), "run"),
         (small_request(run={"webhook": {"url": "https://a.example/"}}), "run.webhook.secret"),
         (small_request(run={"webhook": {"url": "http://a.example/", "secret": "s" * 16}}), "run.webhook.url"),
+        (
+            small_request(run={"webhook": {"url": "https://a.example/", "secret": "whsec_" + "?" * 16}}),
+            "run.webhook.secret",
+        ),
+        (
+            small_request(run={"webhook": {"url": "https://a.example/", "secret": "whsec_c2hvcnQgYQ=="}}),
+            "run.webhook.secret",
+        ),
         (
             small_request(run={"webhook": {"url": "https://127.0.0.1/", "secret": "s" * 16}}),
             "run.webhook.url",
@@ -444,6 +453,33 @@ def test_a_rerun_names_the_version_that_differs(
     assert found["reason"] == "other versions: catalog"
 
 
+def test_what_is_asked_most_is_answered_as_the_route_does(served: tuple[TestClient, Store]) -> None:
+    """The short way and the long way: the same body and headers, at every version."""
+    client, store = served
+    run_id = client.post(RUNS, json=small_request()).json()["id"]
+    where = f"{RUNS}/{run_id}"
+
+    def same() -> str:
+        short, long = client.get(where), client.get(where, headers={"prefer": "wait=0"})
+        assert (short.status_code, short.content) == (long.status_code, long.content)
+        for headers in (short.headers, long.headers):
+            headers.pop("x-request-id")
+        assert dict(short.headers) == dict(long.headers)
+        return str(short.json()["status"])
+
+    assert same() == "queued"
+    client.patch(where, json={"label": "seen"})
+    assert same() == "queued"
+    assert client.get(where).json()["label"] == "seen"
+    work(store)
+    assert same() == "done"
+    again = client.post(f"{where}/rerun").json()["id"]
+    work(store)
+    assert client.get(f"{RUNS}/{again}").json()["reproduction"]["same"] is True
+    metrics = client.get("/metrics").text
+    assert 'planfront_http_requests_total{method="GET",route="/api/v1/runs/{run_id}",status="200"}' in metrics
+
+
 def test_a_resumed_run_has_the_answer_of_one_that_was_not(
     served: tuple[TestClient, Store], done: dict[str, Any]
 ) -> None:
@@ -453,8 +489,17 @@ def test_a_resumed_run_has_the_answer_of_one_that_was_not(
     first = claim(store)
     assert first.run_id == run_id
     result = client.get(f"{RUNS}/{done['id']}/result").json()
-    some = {entry["id"]: [entry["metrics"], entry["breakdown_s"]] for entry in result["plans"][:5]}
-    store.add_checkpoint(first, 0, gzip.compress(json.dumps(some).encode()))
+    names = ("id", "metrics", "breakdown_s")
+    part = {
+        "schema_version": "1",
+        "seed": 0,
+        "objectives": result["request"]["objectives"],
+        "space_size": result["search"]["space_size"],
+        "change": None,
+        "plans": [{name: entry[name] for name in names} for entry in result["plans"][:5]],
+    }
+    body = json.dumps({"versions": versions(), "parts": [part]}).encode()
+    store.add_checkpoint(first, 0, gzip.compress(body))
     store.give_back(first, "test")
     before = store.tallies().get("simulations", 0)
     work(store)

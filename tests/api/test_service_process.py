@@ -9,14 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from api.cli import main
 from api.client import Client, ServiceError
 from api.store import Filters, Store, open_store
 from tests.api.conftest import ROOT, small_request
+from tests.api.test_studies import FLEET
 
 ENVIRON = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -30,7 +34,7 @@ class Served:
             **os.environ,
             **ENVIRON,
             "PLANFRONT_DATA_DIR": str(folder),
-            "PLANFRONT_LEASE_S": "2",
+            "PLANFRONT_LEASE_S": "1.5",
             **environ,
         }
         self.log = (folder / "log").open("ab")
@@ -46,13 +50,10 @@ class Served:
             environ.get("PLANFRONT_DATABASE_URL") or f"sqlite:///{folder}/planfront.db"
         )
 
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "api.cli", *arguments],
-            capture_output=True, text=True, timeout=60, env=self.environ, cwd=self.folder,
-        )  # fmt: skip
-
     def stop(self) -> int:
+        """Its exit code; stopping twice is stopping once."""
+        if self.process.returncode is not None:
+            return self.process.returncode
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(20)
         assert self.process.stdout is not None
@@ -133,7 +134,11 @@ def test_a_killed_workers_run_is_resumed_by_the_next(served: Served) -> None:
     with Client(served.url) as client:
         run = client.submit(long_request())
         running(client, run["id"], simulated=5)
-        time.sleep(1.5)  # a checkpoint
+        for _ in range(200):
+            with served.store.database.read() as connection:
+                if connection.scalar(text("SELECT count(*) FROM checkpoint")):
+                    break
+            time.sleep(0.05)
         for worker in served.store.workers():
             try:
                 os.kill(worker["pid"], signal.SIGKILL)
@@ -151,50 +156,131 @@ def test_a_killed_workers_run_is_resumed_by_the_next(served: Served) -> None:
         assert client.run(run["id"])["attempt"] == 2
 
 
-def test_the_command_line_asks_the_server(served: Served) -> None:
-    (served.folder / "request.json").write_text(json.dumps(small_request()))
-    planned = served.command(
-        "plan", "request.json", "--server", served.url, "--json", "result.json", "--quiet"
-    )
-    assert planned.returncode == 0, planned.stderr
-    assert json.loads((served.folder / "result.json").read_text())["status"] == "ok"
+@dataclass
+class Line:
+    """Runs commands in this process; what each wrote."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        assert main(arguments) == code, self.capsys.readouterr()
+        self.out, self.err = self.capsys.readouterr()
+        return self.out
+
+
+@pytest.fixture
+def line(served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Line:
+    monkeypatch.chdir(served.folder)
+    monkeypatch.setenv("PLANFRONT_DATA_DIR", str(served.folder))
+    return Line(capsys)
+
+
+def test_the_command_line_asks_the_server(served: Served, line: Line) -> None:
+    there = ("--server", served.url)
+    Path("request.json").write_text(json.dumps(small_request()))
+    line("plan", "request.json", *there, "--json", "result.json", "--quiet")
+    assert json.loads(Path("result.json").read_text())["status"] == "ok"
     one = {**small_request(), "plan": {"worker": {}}}
-    (served.folder / "one.json").write_text(json.dumps(one))
-    judged = served.command("evaluate", "one.json", "--server", served.url, "--json", "-")
-    assert json.loads(judged.stdout)["status"] == "ok"
-    wrong = served.command("plan", "one.json", "--server", served.url)
-    assert wrong.returncode == 2
-    assert "plan" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    rows = json.loads(served.command("runs", "--json", "--limit", "2", "--server", served.url).stdout)
+    Path("one.json").write_text(json.dumps(one))
+    assert json.loads(line("evaluate", "one.json", *there, "--json", "-"))["status"] == "ok"
+    line("plan", "one.json", *there, code=2)
+    assert "plan" in line.err
+    rows = json.loads(line("runs", "--json", "--limit", "2", *there))
     assert len(rows) == 2
-    assert rows == json.loads(served.command("runs", "--json", "--limit", "2").stdout)
-    done = next(run["id"] for run in served.store.runs(Filters(status=("done",))))
-    same = served.command("rerun", done)
-    assert same.returncode == 0, same.stdout + same.stderr
-    assert "bit for bit" in same.stdout
-    gone = served.command("runs", "0" * 28, "--server", served.url)
-    assert (gone.returncode, gone.stderr) == (2, "planfront: error: There is no run of this id.\n")
+    assert rows == json.loads(line("runs", "--json", "--limit", "2"))
+    done = [run["id"] for run in served.store.runs(Filters(status=("done",), kind="plan"))]
+    assert "bit for bit" in line("rerun", done[0])
+    assert "TTFT" not in line("compare", done[0], done[1], *there)
+    assert line("compare", done[0], done[1], "--json", *there) == line("compare", done[0], done[1], "--json")
+    line("compare", done[0], code=2)
+    line("runs", "0" * 28, *there, code=2)
+    assert line.err == "planfront: error: There is no run of this id.\n"
+    assert len(json.loads(line("catalog", "costmodels", "--json", *there))) > 1
 
 
-def test_a_term_signal_gives_back_what_runs_and_ends_streams(tmp_path: Path) -> None:
-    served = Served(tmp_path, "--workers", "1")
+def test_fleets_and_sweeps_are_asked_of_the_server(served: Served, line: Line) -> None:
+    there = ("--server", served.url)
+    trace = [{"arrival_s": n / 10, "input_tokens": 100 + n, "output_tokens": 20} for n in range(40)]
+    Path("trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trace))
+    fleet = {**FLEET, "models": [{**FLEET["models"][0], "workload": {"trace": {"path": "trace.jsonl"}}}]}
+    Path("fleet.json").write_text(json.dumps(fleet))
+    line("fleet", "fleet.json", *there, "--json", "there.json")
+    assert "run " in line.err
+    line("fleet", "fleet.json", "--json", "here.json", "--quiet", "--workers", "1")
+    there_, here = (json.loads(Path(name).read_text()) for name in ("there.json", "here.json"))
+    assert there_["periods"] == here["periods"]
+    Path("request.json").write_text(json.dumps(small_request()))
+    asked = ("sweep", "request.json", "--vary", "rate", "--values", "1,2", "--quiet", "--json", "-")
+    points = json.loads(line(*asked, *there))["points"]
+    assert points == json.loads(line(*asked))["points"]
+    line("sweep", "request.json", "--vary", "model", "--values", "1", *there, code=2)
+    assert line.err.startswith("planfront: error: vary: ")
+    Path("fleet.json").write_text(json.dumps({**FLEET, "models": []}))
+    line("fleet", "fleet.json", *there, code=2)
+    assert line.err.startswith("planfront: error: models: ")
+
+
+def test_measured_runs_are_compared_by_the_server(served: Served, line: Line) -> None:
+    first = (ROOT / "examples" / "measured.jsonl").read_text().splitlines()[0]
+    Path("measured.jsonl").write_text(f'{first}\n{{"id": "x"}}\n')
+    file = "measured.jsonl"
+    there = json.loads(line("validate", file, "--json", "-", "--server", served.url))
+    here = json.loads(line("validate", file, "--json", "-"))
+    assert (there["runs"], there["summary"]) == (here["runs"], here["summary"])
+    assert [row["id"] for row in there["errors"]] == [row["id"] for row in here["errors"]] == ["x"]
+
+
+def test_a_batch_of_the_server_is_taken_up_again(
+    served: Served, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted after its submits: the same runs, each once, and the answers that a local batch gives."""
+    rows: list[Any] = [
+        {"id": n, **small_request(objectives=[name])} for n, name in ((1, "latency"), (2, "cost"))
+    ]
+    rows += [{"id": "bad", **small_request(model="nope")}, [1]]
+    Path("batch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batch = ("batch", "batch.jsonl", "--out", "there", "--server", served.url)
+    before = len(served.store.runs(Filters()))
+    with monkeypatch.context() as patch:
+
+        def interrupted(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        patch.setattr(Client, "wait", interrupted)
+        line(*batch, code=130)
+    assert len(served.store.runs(Filters())) == before + 2
+    line(*batch, code=2)  # answers are there: the bad lines'
+    line(*batch, "--resume")
+    assert "4 requests: 2 planned" in line.out
+    assert len(served.store.runs(Filters())) == before + 2
+    line("batch", "batch.jsonl", "--out", "here", "--workers", "1", "--quiet")
+    for name in ("000001-1.json", "000002-2.json", "000003-bad.json", "000004.json"):
+        there, here = (json.loads((Path(folder) / name).read_text()) for folder in ("there", "here"))
+        assert there["status"] == here["status"]
+        assert (there.get("front"), there.get("plans")) == (here.get("front"), here.get("plans"))
+        assert (there.get("error") or {}).get("path") == (here.get("error") or {}).get("path")
+    assert line(*batch, "--resume", "--quiet").count("4 of them kept") == 1
+
+
+def test_a_term_signal_gives_back_what_runs_and_ends_streams(served: Served) -> None:
+    """The last that the shared service does."""
+    seen = len(served.lines())
     with Client(served.url, patience_s=0) as client:
         run_id = client.submit(long_request())["id"]
         running(client, run_id)
         stream = client._stream(run_id, 0)
         next(stream)
         began = time.monotonic()
-        store = open_store(f"sqlite:///{tmp_path}/planfront.db")
         assert served.stop() == 0
         assert time.monotonic() - began < 10
         list(stream)
+    store = open_store(f"sqlite:///{served.folder}/planfront.db")
     run = store.run(run_id)
     assert run is not None
     assert (run["status"], run["crashes"]) == ("interrupted", 0)
-    assert store.workers() == []
+    assert store.workers(seen_within_s=3) == []
     store.close()
-    lines = served.lines()
+    lines = served.lines()[seen:]
     taken = next(line for line in lines if line["message"] == "run taken")
     assert taken["run_id"] == run_id
     assert any(line["message"] == "worker stopped" for line in lines)
@@ -220,10 +306,11 @@ def test_api_and_worker_share_postgresql(tmp_path: Path, pg_url: str) -> None:
         assert served.stop() == 0
 
 
-def test_no_service_for_others_without_keys(tmp_path: Path) -> None:
-    environ = {**os.environ, **ENVIRON, "PLANFRONT_DATA_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "api.cli", "serve", "--host", "0.0.0.0", "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ)
-    assert done.returncode == 2
-    assert "there are no API keys" in done.stderr
-    assert "planfront keys create" in done.stderr
+def test_no_service_for_others_without_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PLANFRONT_DATA_DIR", str(tmp_path))
+    assert main(["serve", "--host", "0.0.0.0", "--port", "0"]) == 2
+    words = capsys.readouterr().err
+    assert "there are no API keys" in words
+    assert "planfront keys create" in words

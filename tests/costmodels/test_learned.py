@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from costmodels import (
     Collective,
     DecodeAttention,
+    Elementwise,
     Gemm,
     GroupedGemm,
     HostOverhead,
@@ -42,7 +43,14 @@ from costmodels.learned.shapes import (
     known,
     make_batch,
 )
-from costmodels.learned.store import OWN, artifact_rows, collective_curves, folders, interval_of
+from costmodels.learned.store import (
+    OWN,
+    artifact_rows,
+    collective_curves,
+    folders,
+    interval_of,
+    memory_curves,
+)
 from costmodels.learned.train import (
     Few,
     choose_few,
@@ -578,6 +586,18 @@ def test_collectives_in_a_node_are_learned_and_others_are_not() -> None:
     slower = replace(inside, intra_bandwidth_bytes_per_s=64e9)
     assert model.predict(Collective("all_reduce", 65536.0, slower), H100).kind != "learned"
     assert np.mean([curve["mape"] for curve in collective_curves().values()]) < 0.055
+
+
+def test_memory_bound_kernels_are_learned() -> None:
+    op = Elementwise(np.array([1e4, 1e6, 1e9]), launches=2)
+    for engine, kind in (("vllm", "learned"), ("sglang", "transferred")):
+        guess = LearnedModel(engine).predict(op, H100)
+        assert guess.kind == kind
+        assert "one kind of kernel for all" in guess.source
+        assert (guess.time_s >= op.bytes_moved / H100.memory_bandwidth_bytes_per_s).all()
+        assert 2e-6 < guess.time_s[0] < 8e-6  # two kernels that only start
+    assert LearnedModel("vllm").predict(op, A100).kind == "roofline"
+    assert np.mean([curve["mape"] for curve in memory_curves().values()]) < 0.05
 
 
 def test_a_twin_takes_its_siblings_correction_with_doubt() -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from costmodels import DecodeAttention, Gemm, PrefillAttention, RooflineModel
-from costmodels.profile import Reading, Torch, catalog_name, plan_rows, profile
+from costmodels.profile import (
+    COLLECTIVES,
+    COPY_BYTES,
+    MESSAGES,
+    Reading,
+    Torch,
+    catalog_name,
+    plan_rows,
+    profile,
+)
 from hardware import InputError, load_catalog
 
 H100 = load_catalog().device("h100-sxm-80gb")
@@ -19,7 +30,8 @@ class Recorded:
 
     device, software = "NVIDIA H100 80GB HBM3", "torch-2.9.0"
 
-    def __init__(self, stop_after: int = 10**9) -> None:
+    def __init__(self, stop_after: int = 10**9, devices: int = 1) -> None:
+        self.devices = devices
         self.model, self.asked, self.stop_after = RooflineModel("vllm", sustained=False), 0, stop_after
 
     def _read(self, op: object) -> Reading:
@@ -38,7 +50,10 @@ class Recorded:
         return self._read(DecodeAttention(float(batch), float(context), heads, kv_heads, head_dim, head_dim))
 
     def copy(self, size_bytes: int) -> Reading | None:
-        return self._read(Gemm(1.0, 1024, 1024))
+        return Reading(1.5e-6 + 2 * size_bytes / 3e12, 300.0, 1700.0)
+
+    def collective(self, kind: str, elements: int, devices: int) -> Reading | None:
+        return Reading(8e-6 + 2 * elements * (2 if kind == "all_reduce" else 1) / 400e9, 300.0, 1700.0)
 
 
 def test_a_quick_sweep_has_a_few_hundred_shapes_and_no_shape_twice() -> None:
@@ -58,6 +73,29 @@ def test_rows_are_written_as_tables_that_training_reads(tmp_path: Path) -> None:
     assert len(rows) == counts["gemm"]
     assert {row["gemm_dtype"] for row in rows} == {"bfloat16"}, "a shape that cannot run leaves no row"
     assert all(float(row["latency"]) > 0 and float(row["power"]) == 500.0 for row in rows)
+
+
+def test_copies_and_collectives_become_curves(tmp_path: Path) -> None:
+    pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
+    from costmodels.learned.curves import curve_time
+    from costmodels.learned.train import train_collectives, train_memory
+
+    shapes = [row for row in plan_rows(devices=4) if row[0] in ("memory", "nccl")]
+    assert {shape["num_gpus"] for family, shape in shapes if family == "nccl"} == {2, 4}
+    counts = profile(tmp_path, Recorded(devices=4), shapes=shapes)
+    assert profile(tmp_path, Recorded(devices=4), shapes=shapes) == counts
+    assert counts == {"memory": len(COPY_BYTES), "nccl": 2 * len(COLLECTIVES) * len(MESSAGES)}
+    assert train_memory(tmp_path, tmp_path) == 1
+    ((key, curve),) = json.loads((tmp_path / "elementwise.json").read_text())["curves"].items()
+    assert key == "h100-sxm-80gb/vllm/elementwise"
+    assert curve["data"] == "own measurements, vllm torch-2.9.0"
+    assert curve_time(curve, np.array([3e6]))[0] == pytest.approx(2.5e-6, rel=0.03)
+    assert train_collectives(tmp_path, tmp_path) == 6
+    curves = json.loads((tmp_path / "collectives.json").read_text())["curves"]
+    assert set(curves) == {f"h100-sxm-80gb/nccl/{kind}/{n}" for kind in COLLECTIVES for n in (2, 4)}
+    assert curve_time(curves["h100-sxm-80gb/nccl/all_reduce/4"], np.array([4e8]))[0] == pytest.approx(
+        2e-3, rel=0.03
+    )
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_from_the_first_visit_to_the_copied_command(page: Any, address: str) -> 
     page.fill("#requests", "40")
     until(page, "document.getElementById('yaml').value.includes('llama-3.2-1b')")
     page.fill("#devices_per_node", "2")
+    page.wait_for_selector("#check:has-text('plans fit')")
     began = time.monotonic()
     page.click(".actions.sticky button")
     page.wait_for_url("**/runs/*")
@@ -338,6 +339,9 @@ PAGES = {
     "all plans": "?show=all",
 }
 
+#: Pages that have everything that is coloured.
+BY_NIGHT = ("form", "runs", "sweep", "devices", "result", "plan")
+
 
 def _url(name: str, address: str, finished: str) -> str:
     return finished + PAGES[name] if name in ("result", "plan", "all plans") else address + PAGES[name]
@@ -355,7 +359,7 @@ def looks(browser: Any) -> Iterator[dict[str, Any]]:
         context.close()
 
 
-def serious(page: Any, **options: Any) -> list[tuple[str, ...]]:
+def serious(page: Any, **only: Any) -> list[tuple[str, ...]]:
     """What axe finds that keeps people out; nothing where it is not installed."""
     try:
         from axe_playwright_python.sync_playwright import Axe
@@ -363,7 +367,7 @@ def serious(page: Any, **options: Any) -> list[tuple[str, ...]]:
         return []
     return [
         (v["id"], v["nodes"][0]["html"][:160], v["nodes"][0].get("failureSummary", "")[:300])
-        for v in Axe().run(page, **options).response["violations"]
+        for v in Axe().run(page, options={"resultTypes": ["violations"], **only}).response["violations"]
         if v["impact"] in ("serious", "critical")
     ]
 
@@ -373,17 +377,18 @@ def test_every_page_fits_a_phone_and_everybody(
     looks: dict[str, Any], address: str, finished: str, name: str
 ) -> None:
     phone, desk = looks["phone"], looks["desk"]
-    for page in (phone, desk):
-        page.goto(_url(name, address, finished))
-        if name == "result":
-            page.wait_for_selector("#explorer[data-ready]")
+    phone.goto(_url(name, address, finished))
+    if name == "result":
+        phone.wait_for_selector("#explorer[data-ready]")
     wide = phone.evaluate("document.documentElement.scrollWidth")
     assert wide <= 390, phone.evaluate(
         "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 391)"
         ".slice(0, 5).map(e => e.outerHTML.slice(0, 120))"
     )
     assert serious(phone) == []
-    assert serious(desk, options={"runOnly": {"type": "rule", "values": ["color-contrast"]}}) == []
+    if name in BY_NIGHT:
+        desk.goto(_url(name, address, finished))
+        assert serious(desk, runOnly={"type": "rule", "values": ["color-contrast"]}) == []
     assert phone.locator("h1").count() == 1
     assert phone.evaluate(
         "[...document.querySelectorAll('svg[role=img]')].every(s => s.querySelector('title, desc'))"
@@ -436,7 +441,14 @@ def test_five_thousand_plans_stay_smooth(page: Any, finished: str) -> None:
     page.route(re.compile("/points$"), many)
     page.goto(finished)
     page.wait_for_selector("#explorer[data-ready]", timeout=30_000)
-    assert page.locator("#plot .points path").count() >= 4900
+    # Those beside the front are drawn on a canvas: it has ink, and what is nearest to the mouse is told.
+    assert page.locator("#plot .points path").count() < 1000
+    painted = page.evaluate(
+        "() => { const c = document.querySelector('.plot-layer');"
+        " const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        " let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0; return n; }"
+    )
+    assert painted > 3000
     page.evaluate(
         "() => { window.frames_ = []; let last = performance.now();"
         " const step = (now) => { window.frames_.push(now - last); last = now;"
@@ -448,6 +460,7 @@ def test_five_thousand_plans_stay_smooth(page: Any, finished: str) -> None:
     for index in range(40):
         page.mouse.move(box["x"] + 100 + index * 12, box["y"] + 120 + (index * 37) % 200)
     frames = sorted(page.evaluate("window.frames_"))
+    assert "dominated" in page.text_content("#said")
     assert frames
     assert frames[len(frames) // 2] < 50, frames[-5:]
     axis = page.evaluate("(() => { const t = performance.now();"

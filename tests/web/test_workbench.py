@@ -139,6 +139,20 @@ def test_the_form_writes_what_it_reads() -> None:
     assert text_of(again) == form.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({}, "plans fit"), ({"model": "llama-3.1-405b", "device": "l4"}, "no plan can run: weights need")],
+)
+def test_the_form_tells_what_can_run(pages: TestClient, changes: dict[str, str], words: str) -> None:
+    answer = pages.post("/form/yaml", data=FORM | changes).json()
+    assert answer["errors"] == {}
+    assert words in answer["space"]
+    assert answer["preview"].count("<svg") == 3
+    back = pages.post("/form/fields", data={"yaml": answer["yaml"]}).json()
+    assert back["errors"] == []
+    assert back["space"] == answer["space"]
+
+
 # --- pages of runs ---------------------------------------------------------------------------------
 
 

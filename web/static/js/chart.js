@@ -10,7 +10,15 @@ const withLog = document.getElementById("with-log");
 const DOMINATED = 0, MISSES = 1, FRONT = 2, RECOMMENDED = 3, NEAREST = 4;
 const WORDS = ["Dominated", "Misses a target", "On the front", "Recommended", "Nearest to the targets"];
 
+// Of more plans than this, those beside the front are drawn on a canvas under the chart: thousands of SVG
+// elements would take longer than a frame to lay out.
+const MANY = 800;
+
 let data = null;
+let canvas = null; // the layer, where there are many
+let drawn = ""; // what it shows
+let faint = []; // its plans: {index, kind, x, y}, in pixels once drawn
+let pointed = -1; // the one of them that is pointed at
 let members = []; // plans of each trace, by trace
 let selected = -1;
 let rescored = -1;
@@ -45,26 +53,112 @@ function trace(kinds, name, marker, extra = {}) {
   const list = [];
   data.kind.forEach((kind, index) => { if (kinds.includes(kind)) list.push(index); });
   const x = data.values[axisX.value], y = data.values[axisY.value];
-  const drawn = list.filter((i) => x[i] !== null && y[i] !== null);
-  if (extra.sorted) drawn.sort((a, b) => x[a] - x[b]);
+  const there = list.filter((i) => x[i] !== null && y[i] !== null);
+  if (extra.sorted) there.sort((a, b) => x[a] - x[b]);
   delete extra.sorted;
-  members.push(drawn);
+  members.push(there);
   const found = {
     type: "scatter", mode: "markers", name,
-    x: drawn.map((i) => x[i]), y: drawn.map((i) => y[i]),
-    hoverinfo: "text", text: drawn.map(text), marker, ...extra,
+    x: there.map((i) => x[i]), y: there.map((i) => y[i]),
+    hoverinfo: "text", text: there.map(text), marker, ...extra,
   };
   if (withIntervals.checked && kinds.some((k) => k >= FRONT)) {
     for (const [key, axis, values] of [["error_x", axisX.value, x], ["error_y", axisY.value, y]]) {
       if (!data.low[axis]) continue;
       found[key] = {
         type: "data", symmetric: false, thickness: 1, width: 3, color: colour("--bar"),
-        array: drawn.map((i) => Math.max(0, (data.high[axis][i] ?? values[i]) - values[i])),
-        arrayminus: drawn.map((i) => Math.max(0, values[i] - (data.low[axis][i] ?? values[i]))),
+        array: there.map((i) => Math.max(0, (data.high[axis][i] ?? values[i]) - values[i])),
+        arrayminus: there.map((i) => Math.max(0, values[i] - (data.low[axis][i] ?? values[i]))),
       };
     }
   }
   return found;
+}
+
+// --- many plans: a canvas under the chart ------------------------------------------------------------------
+
+function hollow(kind, name, marker) {
+  // The legend's entry of what the canvas draws.
+  members.push([]);
+  return { type: "scatter", mode: "markers", name, x: [null], y: [null], marker, hoverinfo: "skip", meta: kind };
+}
+
+function layer() {
+  if (!canvas) {
+    canvas = document.createElement("canvas");
+    canvas.className = "plot-layer";
+    canvas.setAttribute("aria-hidden", "true");
+    plot.prepend(canvas);
+  }
+  const { xaxis, yaxis } = plot._fullLayout;
+  const state = JSON.stringify([
+    axisX.value, axisY.value, xaxis.range, yaxis.range, xaxis._offset, xaxis._length, yaxis._offset, yaxis._length, xaxis.type,
+    pointed, faint.length, plot._fullData.map((t) => t.visible), matchMedia("(prefers-color-scheme: dark)").matches,
+  ]);
+  if (state === drawn) return; // a target has moved, no plan
+  drawn = state;
+  const ratio = window.devicePixelRatio || 1;
+  const wide = Math.round(xaxis._length), tall = Math.round(yaxis._length);
+  canvas.style.left = `${xaxis._offset}px`;
+  canvas.style.top = `${yaxis._offset}px`;
+  canvas.style.width = `${wide}px`;
+  canvas.style.height = `${tall}px`;
+  if (canvas.width !== wide * ratio || canvas.height !== tall * ratio) {
+    canvas.width = wide * ratio;
+    canvas.height = tall * ratio;
+  }
+  const pen = canvas.getContext("2d");
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, wide, tall);
+  const hidden = new Set(plot._fullData.filter((t) => t.visible !== true && t.meta !== undefined).map((t) => t.meta));
+  const x = data.values[axisX.value], y = data.values[axisY.value];
+  for (const [kind, name, alpha] of [[DOMINATED, "--mark-dominated", 0.55], [MISSES, "--mark-miss", 0.6]]) {
+    pen.globalAlpha = alpha;
+    pen.strokeStyle = colour(name);
+    pen.lineWidth = kind === MISSES ? 1.2 : 1;
+    pen.beginPath();
+    for (const point of faint) {
+      if (point.kind !== kind) continue;
+      point.seen = !hidden.has(kind);
+      if (!point.seen) continue;
+      const a = point.x = xaxis.d2p(x[point.index]), b = point.y = yaxis.d2p(y[point.index]);
+      if (!(a > -4 && b > -4 && a < wide + 4 && b < tall + 4)) { point.seen = false; continue; }
+      if (kind === MISSES) {
+        pen.moveTo(a - 3, b - 3); pen.lineTo(a + 3, b + 3); pen.moveTo(a - 3, b + 3); pen.lineTo(a + 3, b - 3);
+      } else {
+        pen.moveTo(a + 2.5, b); pen.arc(a, b, 2.5, 0, 2 * Math.PI);
+      }
+    }
+    pen.stroke();
+  }
+  const one = faint.find((point) => point.index === pointed && point.seen);
+  if (one) {
+    pen.globalAlpha = 1;
+    pen.strokeStyle = colour("--ink");
+    pen.lineWidth = 1.5;
+    pen.beginPath();
+    pen.arc(one.x, one.y, 6, 0, 2 * Math.PI);
+    pen.stroke();
+  }
+}
+
+function nearest(event) {
+  if (!canvas || !faint.length) return -1;
+  const box = canvas.getBoundingClientRect();
+  const a = event.clientX - box.left, b = event.clientY - box.top;
+  let found = -1, least = 12 * 12;
+  for (const point of faint) {
+    if (!point.seen) continue;
+    const d = (point.x - a) ** 2 + (point.y - b) ** 2;
+    if (d < least) { least = d; found = point.index; }
+  }
+  return found;
+}
+
+function point(index) {
+  if (pointed === index) return;
+  pointed = index;
+  if (canvas) layer();
 }
 
 function target(axis) {
@@ -111,13 +205,27 @@ function wide(axis) {
   return Math.max(...values) > 20 * Math.min(...values);
 }
 
-function draw() {
+function draw(whole = false) {
   members = [];
+  faint = [];
+  drawn = "";
   const soft = colour("--soft"), grid = colour("--grid");
   const traces = [];
   if (withDominated.checked) {
-    traces.push(trace([DOMINATED], WORDS[DOMINATED], { symbol: "circle-open", size: 5, color: colour("--mark-dominated"), opacity: 0.55, line: { width: 1 } }));
-    traces.push(trace([MISSES], WORDS[MISSES], { symbol: "x-thin", size: 6, color: colour("--mark-miss"), opacity: 0.6, line: { width: 1.2, color: colour("--mark-miss") } }));
+    const beside = [
+      [DOMINATED, { symbol: "circle-open", size: 5, color: colour("--mark-dominated"), opacity: 0.55, line: { width: 1 } }],
+      [MISSES, { symbol: "x-thin", size: 6, color: colour("--mark-miss"), opacity: 0.6, line: { width: 1.2, color: colour("--mark-miss") } }],
+    ];
+    const many = !whole && data.kind.filter((kind) => kind <= MISSES).length > MANY;
+    for (const [kind, marker] of beside) {
+      if (many) traces.push(hollow(kind, WORDS[kind], marker));
+      else traces.push(trace([kind], WORDS[kind], marker));
+    }
+    if (many) {
+      const x = data.values[axisX.value], y = data.values[axisY.value];
+      const fits = (index) => x[index] !== null && y[index] !== null && (!withLog.checked || (x[index] > 0 && y[index] > 0));
+      data.kind.forEach((kind, index) => { if (kind <= MISSES && fits(index)) faint.push({ index, kind, x: 0, y: 0, seen: false }); });
+    }
   }
   traces.push(trace([FRONT, RECOMMENDED], WORDS[FRONT], { symbol: "circle", size: 9, color: colour("--mark-front"), line: { width: 1, color: colour("--card") } },
     { sorted: true, mode: data.objectives.length === 2 ? "lines+markers" : "markers", line: { color: colour("--mark-front"), width: 1 } }));
@@ -152,13 +260,15 @@ function find(index) {
 
 function mark(index, fromChart) {
   selected = index;
+  if (index < 0) point(-1);
   for (const row of document.querySelectorAll("tr.pointed")) row.classList.remove("pointed");
   if (index < 0) return;
-  const row = document.querySelector(`tr[data-plan-id="${data.ids[index]}"]`);
+  const row = document.querySelector(`tr[data-plan-id="${CSS.escape(data.ids[index])}"]`);
   row?.classList.add("pointed");
   if (!fromChart) {
-    const point = find(index);
-    if (point) Plotly.Fx.hover(plot, [point]);
+    const found = find(index);
+    if (found) Plotly.Fx.hover(plot, [found]);
+    point(found ? -1 : index);
   }
   const link = document.createElement("a");
   link.href = root.dataset.plan + data.ids[index];
@@ -189,19 +299,34 @@ function judge() {
   const limits = [...document.querySelectorAll("[data-axis]")].map((s) => [s.dataset.axis, limitOf(s), s]);
   const fixed = Object.entries(data.axes).filter(([name, a]) => a.target && !limits.some(([l]) => l === name)).map(([name, a]) => [name, a.target]);
   const fits = [];
-  data.ids.forEach((_, i) => {
-    const ok = limits.every(([a, limit]) => data.values[a][i] !== null && data.values[a][i] <= limit * (1 + 1e-9))
-      && fixed.every(([a, limit]) => data.values[a][i] === null || data.values[a][i] <= limit);
+  const bounds = [...limits.map(([a, limit]) => [data.values[a], limit * (1 + 1e-9), false]), ...fixed.map(([a, limit]) => [data.values[a], limit, true])];
+  for (let i = 0; i < data.ids.length; i++) {
+    let ok = true;
+    for (const [values, limit, unknown] of bounds) ok &&= values[i] === null ? unknown : values[i] <= limit;
     if (ok) fits.push(i);
-  });
+  }
   const names = data.objectives.length ? data.objectives : ["latency", "cost"];
   const value = (a, i) => (data.axes[a].more ? -1 : 1) * (data.values[a][i] ?? 0);
-  const order = [...fits].sort((i, j) => value(names[0], i) - value(names[0], j));
+  // Plain loops over plain numbers: this runs in every frame while a target moves.
+  const costs = names.map((a) => Float64Array.from(fits, (i) => value(a, i)));
+  const order = fits.map((_, k) => k).sort((j, k) => costs[0][j] - costs[0][k]);
+  const beats = (j, k) => {
+    let better = false;
+    for (const cost of costs) {
+      if (cost[j] > cost[k]) return false;
+      if (cost[j] < cost[k]) better = true;
+    }
+    return better;
+  };
   const front = [];
-  for (const i of order) {
-    if (!front.some((j) => names.every((a) => value(a, j) <= value(a, i)) && names.some((a) => value(a, j) < value(a, i)))) front.push(i);
+  for (const k of order) {
+    let beaten = false;
+    for (let n = 0; n < front.length && !beaten; n++) beaten = beats(front[n], k);
+    if (!beaten) front.push(k);
   }
-  return { fits, front: front.filter((i) => !front.some((j) => names.every((a) => value(a, j) <= value(a, i)) && names.some((a) => value(a, j) < value(a, i)))), names, value };
+  // Of plans that are alike in the first objective a later one may beat an earlier one.
+  const kept = front.filter((k) => !front.some((j) => beats(j, k)));
+  return { fits, front: kept.map((k) => fits[k]), names, value };
 }
 
 function knee({ front, names, value }) {
@@ -292,7 +417,27 @@ async function start() {
   document.getElementById("chart-live").hidden = false;
   if (data.left_out) said.textContent += ` ${data.left_out.toLocaleString("en")} dominated plans are not drawn.`;
   await draw();
+  plot.on("plotly_afterplot", () => {
+    if (faint.length || canvas) layer();
+  });
+  if (faint.length) layer();
+  // Plotly knows nothing of what is on the canvas; what is nearest there is pointed at here.
+  let over = false;
+  plot.on("plotly_unhover", () => { over = false; });
+  plot.addEventListener("mousemove", (event) => {
+    if (!faint.length || over || event.buttons) return;
+    const index = nearest(event);
+    if (index === pointed) return;
+    point(index);
+    if (index >= 0) mark(index, true);
+  });
+  plot.addEventListener("click", () => {
+    if (pointed < 0) return;
+    document.querySelector(`tr[data-plan-id="${CSS.escape(data.ids[pointed])}"]`)?.scrollIntoView({ block: "nearest" });
+  });
   plot.on("plotly_hover", (event) => {
+    over = true;
+    point(-1);
     const { curveNumber, pointNumber } = event.points[0];
     mark(members[curveNumber][pointNumber], true);
   });
@@ -300,7 +445,7 @@ async function start() {
     const { curveNumber, pointNumber } = event.points[0];
     const index = members[curveNumber][pointNumber];
     mark(index, true);
-    const row = document.querySelector(`tr[data-plan-id="${data.ids[index]}"]`);
+    const row = document.querySelector(`tr[data-plan-id="${CSS.escape(data.ids[index])}"]`);
     row?.scrollIntoView({ block: "nearest" });
   });
   plot.addEventListener("keydown", (event) => {
@@ -326,14 +471,18 @@ async function start() {
     row.addEventListener("focusin", () => mark(index, false));
   }
   for (const button of document.querySelectorAll("[data-image]")) {
-    button.addEventListener("click", () => Plotly.downloadImage(plot, {
-      format: button.dataset.image, filename: "planfront-front", width: 1100, height: 640, scale: button.dataset.image === "png" ? 2 : 1,
-    }));
+    button.addEventListener("click", async () => {
+      if (faint.length) await draw(true); // a file holds every plan
+      await Plotly.downloadImage(plot, {
+        format: button.dataset.image, filename: "planfront-front", width: 1100, height: 640, scale: button.dataset.image === "png" ? 2 : 1,
+      });
+      if (canvas) await draw();
+    });
   }
   document.getElementById("reset").addEventListener("click", () => {
     Plotly.relayout(plot, { "xaxis.range": range(axisX.value), "yaxis.range": range(axisY.value) });
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   root.dataset.ready = "1";
 }
 

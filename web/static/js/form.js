@@ -20,6 +20,12 @@ async function post(path) {
   return reply.json();
 }
 
+function ready(space) {
+  const stuck = space.startsWith("no plan");
+  check.textContent = space ? space[0].toUpperCase() + space.slice(1) : "Ready";
+  check.classList.toggle("error-text", stuck);
+}
+
 function showErrors(errors, general) {
   for (const box of fields.querySelectorAll("[data-field]")) {
     const name = box.dataset.field;
@@ -47,8 +53,9 @@ function showErrors(errors, general) {
     });
   }
   const count = Object.values(errors).flat().length + general.length;
-  check.textContent = count ? `${count === 1 ? "One thing" : `${count} things`} to correct${general.length ? `: ${general[0]}` : ""}` : "Ready";
+  check.textContent = count ? `${count === 1 ? "One thing" : `${count} things`} to correct${general.length ? `: ${general[0]}` : ""}` : "";
   check.classList.toggle("error-text", count > 0);
+  return count;
 }
 
 async function fieldsChanged() {
@@ -61,7 +68,7 @@ async function fieldsChanged() {
     yaml.removeAttribute("aria-invalid");
     yamlErrors.replaceChildren();
     document.getElementById("preview").innerHTML = answer.preview;
-    showErrors(answer.errors, answer.general);
+    if (!showErrors(answer.errors, answer.general)) ready(answer.space);
     save();
   } catch {
     check.textContent = "";
@@ -88,8 +95,10 @@ async function yamlChanged() {
     }));
     yaml.toggleAttribute("aria-invalid", answer.errors.length > 0);
     if (answer.errors.length) yaml.setAttribute("aria-invalid", "true");
-    check.textContent = answer.errors.length ? "The YAML has something to correct" : "Ready";
-    check.classList.toggle("error-text", answer.errors.length > 0);
+    if (answer.errors.length) {
+      check.textContent = "The YAML has something to correct";
+      check.classList.add("error-text");
+    } else ready(answer.space);
     save();
   } catch {
     check.textContent = "";
@@ -198,5 +207,15 @@ function offer() {
     box.hidden = true;
   });
 }
+async function begin() {
+  // What stands in the form is fine as it is; only the number of plans is missing.
+  if (document.querySelector(".errors")) return;
+  const mine = ++asked;
+  try {
+    const answer = await post("/form/yaml");
+    if (mine === asked && !showErrors(answer.errors, answer.general)) ready(answer.space);
+  } catch { /* it is a hint */ }
+}
 dressed();
 offer();
+begin();
