@@ -20,6 +20,10 @@ class InputError(ValueError):
         self.hint = hint
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
+        # Exceptions are pickled by their text alone; workers send this one home.
+        return InputError, (self.path, self.message, self.hint)
+
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}" if self.path else self.message
         return f"{text} ({self.hint})" if self.hint else text

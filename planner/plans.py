@@ -152,12 +152,24 @@ def default_formats(spec: ModelSpec, device: Device) -> tuple[str, str, str]:
     return weights, activations, kv_cache
 
 
+#: Devices of a pool from which the grid is fine: between two powers of two lie whole nodes there, and
+#: batching limits decide over more than a longer search costs.
+LARGE_POOL = 32
+#: Batching limits that are tried beside the engine's own: sequences per step, and tokens per step.
+_SEQS, _SEQS_FINE = (256, 64), (1024, 512, 256, 128, 64, 32, 16)
+_TOKENS, _TOKENS_FINE = (2048, 8192, 16384), (1024, 2048, 4096, 8192, 16384, 32768)
+
+
 def _powers(limit: int) -> list[int]:
     values, power = [], 1
     while power <= limit:
         values.append(power)
         power *= 2
     return values
+
+
+def _is_large(pool: Pool) -> bool:
+    return pool.nodes * pool.devices_per_node >= LARGE_POOL
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +219,7 @@ class PlanSpace:
         for degrees in self._degrees(pool, total):
             batching = self.batching(pool, degrees)
             problem = check_degrees(self.spec, degrees)
-            for replicas in self._replicas(total // max(1, _worker(degrees))):
+            for replicas in self._replicas(total // max(1, _worker(degrees)), fine=_is_large(pool)):
                 layout = Layout(pool.name, replicas, degrees)
                 for names in formats:
                     self._size += len(batching)
@@ -233,10 +245,14 @@ class PlanSpace:
                         if _worker(degrees) <= total:
                             yield degrees
 
-    def _replicas(self, most: int) -> list[int]:
+    def _replicas(self, most: int, *, fine: bool) -> list[int]:
         if self.limits.replicas:
             return [count for count in self.limits.replicas if count <= most]
-        return sorted({*_powers(most), most}) if most >= 1 else []
+        if most < 1:
+            return []
+        # A replica may be a whole node: every count up to 8, then four to each doubling (10, 12, 14, 16, …).
+        between = [part * power for power in _powers(most) for part in (5, 6, 7)] if fine else []
+        return sorted({*_powers(most), *(count for count in (3, *between) if fine and count <= most), most})
 
     def _formats(self, device: Device) -> list[tuple[str, str, str]]:
         limits, own = self.limits, default_formats(self.spec, device)
@@ -266,17 +282,22 @@ class PlanSpace:
         if key in self._batching:
             return self._batching[key]
         limits, engine, tier = self.limits, self.engine, self.engine.tier(pool.device)
+        fine = _is_large(pool)
         tokens = limits.max_num_batched_tokens or tuple(
-            dict.fromkeys([tier.max_num_batched_tokens, 2048, 8192, 16384])
+            dict.fromkeys([tier.max_num_batched_tokens, *(_TOKENS_FINE if fine else _TOKENS)])
         )
         rows = []
         for prefix in limits.prefix_caching or (engine.prefix_caching,):
             for graphs in limits.cuda_graphs or (engine.cuda_graphs,):
-                # Without chunked prefill as a choice, an engine that leaves it off is also tried with it.
-                for chunked in limits.chunked_prefill or tuple(dict.fromkeys((engine.chunked_prefill, True))):
+                # Chunked prefill is always tried; whole prompts, where it is the default, in a fine grid:
+                # they cost other requests' tokens a pause, and their own first token none.
+                choices = (engine.chunked_prefill, True, False) if fine else (engine.chunked_prefill, True)
+                for chunked in limits.chunked_prefill or tuple(dict.fromkeys(choices)):
                     for budget in tokens:
                         usual = _default_seqs(engine, tier.max_num_seqs, budget)
-                        seqs = limits.max_num_seqs or tuple(dict.fromkeys([usual, 256, 64]))
+                        seqs = limits.max_num_seqs or tuple(
+                            dict.fromkeys([usual, *(_SEQS_FINE if fine else _SEQS)])
+                        )
                         fractions = limits.memory_fraction or (
                             engine.memory_fraction(
                                 pool.device,

@@ -212,7 +212,8 @@ class _Tree:
             found = run.evaluate_all([leaf.point for _, leaf in batch])
             for (node, leaf), item in zip(batch, found, strict=True):
                 self._visit(node, -1)
-                self._learn(node, self._reward(item), _drift(item, leaf.bound))
+                if item is not None:
+                    self._learn(node, self._reward(item), _drift(item, leaf.bound))
                 run.keep(item)
 
     # --- the most likely plan ------------------------------------------------------------------

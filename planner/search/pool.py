@@ -1,9 +1,8 @@
 """Who evaluates plans: this process, its threads, processes of this machine, or a cluster.
 
-Processes and clusters go through joblib (`parallel_backend`): `processes` is its loky, `dask` and `ray` are
-whatever cluster the caller is connected to, or a local one. A worker gets what an evaluator is made of
-once, builds its own step tables, and keeps both. When a worker dies its plans are evaluated here: the search
-loses one batch's time and nothing else.
+Processes and Dask go through joblib: `processes` is its loky; `dask` and `ray` are whatever cluster the
+caller is connected to, or a local one. A worker gets what an evaluator is made of once, builds its own step
+tables, and keeps both. When a worker dies, only what was under way is evaluated again.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import io
+import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -27,6 +28,8 @@ BACKENDS = ("auto", "threads", "processes", "dask", "ray")
 _WORTH_PROCESSES_S = 20.0
 #: Plans of one task, so that its work outweighs its way; and tasks in a batch per worker.
 _TASK, _TASKS = 16, 2
+#: Plans of a task at first, and after each round in which a worker died.
+_SIZES = (_TASK, 4, 1)
 
 
 class Pool(Protocol):
@@ -35,8 +38,8 @@ class Pool(Protocol):
     #: Plans that are best handed over at once.
     batch: int
 
-    def evaluate(self, points: Sequence[PlanPoint]) -> list[Evaluation]:
-        """The evaluations of plans that pass the gates, without intervals."""
+    def evaluate(self, points: Sequence[PlanPoint]) -> Sequence[Evaluation | None]:
+        """The evaluations of plans that pass the gates, without intervals; None: it kills workers."""
         ...
 
     def __enter__(self) -> Pool: ...
@@ -67,58 +70,190 @@ class Here:
             self._threads.shutdown()
 
 
-class Joblib:
-    """Through a joblib backend. `lost` counts batches that had to be evaluated here."""
+class Workers:
+    """Other processes, here or on a cluster.
 
-    def __init__(self, evaluator: Evaluator, workers: int, backend: str) -> None:
-        self.evaluator, self.workers, self.backend = evaluator, max(1, workers), backend
+    A worker that dies costs what was under way: results that have arrived are kept, the rest goes out again
+    in ever smaller tasks, at last one plan at a time. A plan whose worker dies although it runs alone, while
+    an empty task gets through, is given up. When nothing gets through any more, this process goes on alone.
+
+    `deaths` counts rounds in which workers died, `lost` the plans that were given up; `gone` says that the
+    backend has failed for good.
+    """
+
+    def __init__(self, evaluator: Evaluator, workers: int) -> None:
+        self.evaluator, self.workers = evaluator, max(1, workers)
         self.batch = _TASK * _TASKS * self.workers
-        self.lost = 0
+        self.deaths = self.lost = 0
+        self.gone = False
         self._payload = _pack(evaluator)
         self._token = hashlib.sha256(self._payload).hexdigest()
         self._stack = ExitStack()
-        self._parallel: Any = None
 
-    def __enter__(self) -> Joblib:
-        for manager in _connect(self.backend):
-            self._stack.enter_context(manager)
-        import joblib
+    def _open(self) -> None:
+        """Connect to the workers; what has to be closed goes to the stack."""
+        raise NotImplementedError
 
-        name = "loky" if self.backend == "processes" else self.backend
-        self._stack.enter_context(joblib.parallel_config(backend=name, n_jobs=self.workers))
+    def _run(self, tasks: Sequence[Task]) -> Iterator[Answers]:
+        """Answers as they arrive. Raises what the backend raises when a worker dies."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Workers:
+        self._open()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def evaluate(self, points: Sequence[PlanPoint]) -> list[Evaluation]:
+    def evaluate(self, points: Sequence[PlanPoint]) -> list[Evaluation | None]:
         """See `Pool.evaluate`."""
+        found: dict[int, Evaluation | None] = {}
+        for size in _SIZES:
+            if self._round(points, found, size):
+                break
+        else:
+            self._one_by_one(points, found)
+        for index, point in enumerate(points):
+            if index not in found:
+                found[index] = self.evaluator.evaluate(point, interval=False)
+        return [found[index] for index in range(len(points))]
+
+    def _round(
+        self,
+        points: Sequence[PlanPoint],
+        found: dict[int, Evaluation | None],
+        size: int,
+        only: Sequence[int] | None = None,
+    ) -> bool:
+        """Send out what has no result yet; False when workers died before all had come back."""
+        if self.gone:
+            return True
+        # Plans of one shape share their tables: neighbours stay together.
+        left = [i for i in (range(len(points)) if only is None else only) if i not in found]
+        cuts = [left[at : at + size] for at in range(0, len(left), size)]
+        arrived: list[tuple[int, Evaluation | Failure]] = []
+        try:
+            for answers in self._run([[(index, points[index]) for index in cut] for cut in cuts]):
+                arrived += answers
+        except Exception:
+            # A worker has died: each backend has an error of its own, and what goes wrong with a plan
+            # comes as an answer.
+            self.deaths += 1
+            whole = False
+        else:
+            whole = True
+        for index, answer in arrived:
+            if isinstance(answer, Failure):
+                raise answer.error
+            found[index] = answer
+        return whole
+
+    def _one_by_one(self, points: Sequence[PlanPoint], found: dict[int, Evaluation | None]) -> None:
+        for index in range(len(points)):
+            if index in found or self._round(points, found, 1, [index]):
+                continue
+            try:
+                list(self._run([[]]))
+            except Exception:
+                self.gone = True
+                return
+            self.lost += 1
+            found[index] = None
+
+
+class Joblib(Workers):
+    """Through a joblib backend: `processes` (loky) or `dask`."""
+
+    def __init__(self, evaluator: Evaluator, workers: int, backend: str) -> None:
+        super().__init__(evaluator, workers)
+        self.backend = backend
+
+    def _open(self) -> None:
+        if self.backend == "dask":
+            from distributed import Client, get_client
+
+            try:
+                get_client()
+            except ValueError:
+                local: Any = Client
+                self._stack.enter_context(local(processes=True, threads_per_worker=1, dashboard_address=None))
         import joblib
 
-        # Plans of one shape share their tables: neighbours stay together.
-        tasks = [list(points[at : at + _TASK]) for at in range(0, len(points), _TASK)]
-        try:
-            found = joblib.Parallel(n_jobs=self.workers)(
-                joblib.delayed(judge)(self._token, self._payload, task) for task in tasks
-            )
-        except Exception:
-            # A worker has died (each backend has an error of its own), or a plan cannot be evaluated:
-            # then this raises the same here.
-            self.lost += 1
-            return Here(self.evaluator).evaluate(points)
-        return [item for part in found for item in part]
+        name = "loky" if self.backend == "processes" else self.backend
+        self._stack.enter_context(joblib.parallel_config(backend=name, n_jobs=self.workers))
+
+    def _run(self, tasks: Sequence[Task]) -> Iterator[Answers]:
+        import joblib
+
+        parallel = joblib.Parallel(n_jobs=self.workers, return_as="generator_unordered", batch_size=1)
+        answers: Iterator[Answers] = parallel(
+            joblib.delayed(judge)(self._token, self._payload, task) for task in tasks
+        )
+        return answers
+
+
+class Ray(Workers):
+    """Tasks of the Ray cluster that the program is connected to, that `RAY_ADDRESS` names, or of a local one.
+
+    Not through joblib: there Ray starts its workers anew for each batch, and one that dies takes the
+    results of all others with it.
+    """
+
+    def _open(self) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            # A local cluster has as many processes as were asked for; one that exists has its own.
+            local = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": self.workers}
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, **local)
+            self._stack.callback(ray.shutdown)
+        self._judge = ray.remote(max_retries=0)(judge)
+        self._stored = ray.put(self._payload)
+
+    def _run(self, tasks: Sequence[Task]) -> Iterator[Answers]:
+        import ray
+
+        left = [self._judge.remote(self._token, self._stored, task) for task in tasks]
+        died: Exception | None = None
+        while left:
+            done, left = ray.wait(left)
+            try:
+                yield ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                # The other workers are well: their answers still come.
+                died = error
+        if died is not None:
+            raise died
 
 
 _KEPT: dict[str, Evaluator] = {}
 
 
-def judge(token: str, payload: bytes, points: Sequence[PlanPoint]) -> list[Evaluation]:
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What evaluating a plan raised, brought home as an answer: no worker has died of it."""
+
+    error: Exception
+
+
+#: Plans of a task with their places in the batch; and what comes back.
+Task = Sequence[tuple[int, PlanPoint]]
+Answers = list[tuple[int, "Evaluation | Failure"]]
+
+
+def judge(token: str, payload: bytes, task: Task) -> Answers:
     """What a worker does: evaluate plans with an evaluator that it keeps from one call to the next."""
     evaluator = _KEPT.get(token)
     if evaluator is None:
         _KEPT.clear()
         evaluator = _KEPT[token] = _unpack(payload)
-    return [evaluator.evaluate(point, interval=False) for point in points]
+    answers: Answers = []
+    for index, point in task:
+        try:
+            answers.append((index, evaluator.evaluate(point, interval=False)))
+        except Exception as error:
+            answers.append((index, Failure(error)))
+    return answers
 
 
 def make_pool(evaluator: Evaluator, workers: int, backend: str = "auto", *, work_s: float = 0.0) -> Pool:
@@ -139,24 +274,7 @@ def make_pool(evaluator: Evaluator, workers: int, backend: str = "auto", *, work
             raise InputError(
                 "backend", f"{backend} is not installed: pip install 'planfront[{backend}]'"
             ) from None
-    return Joblib(evaluator, workers, backend)
-
-
-def _connect(backend: str) -> list[AbstractContextManager[Any]]:
-    """What must be open while a backend is used: a cluster that exists, or a local one."""
-    if backend == "dask":
-        from distributed import Client, get_client
-
-        try:
-            get_client()
-        except ValueError:
-            local: Any = Client
-            return [local(processes=True, threads_per_worker=1, dashboard_address=None)]
-    if backend == "ray":
-        from ray.util.joblib import register_ray
-
-        register_ray()
-    return []
+    return Ray(evaluator, workers) if backend == "ray" else Joblib(evaluator, workers, backend)
 
 
 # --- what an evaluator is made of --------------------------------------------------------------------

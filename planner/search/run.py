@@ -79,6 +79,8 @@ class SearchRun:
         self.rejected: list[Rejected] = []
         self.rejected_plans = sum(item.plans for item in space.excluded)
         self.bounded = 0
+        #: Plans that killed every worker that simulated them.
+        self.lost = 0
         self.complete = True
         self.reason = ""
         self.incumbents: list[Judged] = []
@@ -307,13 +309,13 @@ class SearchRun:
                 return False
         return True
 
-    def evaluate(self, point: PlanPoint) -> Judged:
-        """Simulate a plan."""
+    def evaluate(self, point: PlanPoint) -> Judged | None:
+        """Simulate a plan; None if that kills every worker that tries."""
         return self.evaluate_all([point])[0]
 
-    def evaluate_all(self, points: Sequence[PlanPoint]) -> list[Judged]:
+    def evaluate_all(self, points: Sequence[PlanPoint]) -> list[Judged | None]:
         """Simulate plans; those that an earlier run of the search knows are taken from there."""
-        found: dict[PlanPoint, Evaluation] = {}
+        found: dict[PlanPoint, Evaluation | None] = {}
         if self.remembered:
             for point in points:
                 row = self.remembered.get(point.id)
@@ -327,15 +329,20 @@ class SearchRun:
             found.update(zip(open_, self.pool.evaluate(open_), strict=True))
         return [self._judge(found[point]) for point in points]
 
-    def _judge(self, evaluation: Evaluation) -> Judged:
+    def _judge(self, evaluation: Evaluation | None) -> Judged | None:
+        if evaluation is None:
+            return None
         return Judged(
             evaluation,
             tuple(float(v) for v in objective_vector(self.objectives, evaluation.metrics)),
             tuple(slo_misses(self.evaluator.slo, evaluation.metrics)),
         )
 
-    def keep(self, item: Judged) -> None:
-        """Take a simulated plan in, and update the incumbents."""
+    def keep(self, item: Judged | None) -> None:
+        """Take a simulated plan in, and update the incumbents. What could not be simulated stays open."""
+        if item is None:
+            self.lost += 1
+            return
         self.judged.append(item)
         if self.support.checkpoint is not None and item.point.id not in self.remembered:
             self._unsaved.append(item)
@@ -397,6 +404,8 @@ class SearchRun:
     def outcome(self, method: str) -> Outcome:
         """The front of what was simulated, and whether it is that of the whole space."""
         self.tell("done", always=True)
+        if self.lost and self.complete:
+            self.complete, self.reason = False, f"{self.lost} plans killed every worker that simulated them"
         return Outcome(
             method=method,
             space_size=len(self.space),

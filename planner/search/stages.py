@@ -127,8 +127,8 @@ def split_layers(
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             return None
         certified = certified and status == cp_model.OPTIMAL
-        # Every stage's and transfer's time is rounded: sums that are equal differ by that much.
-        model.add(goal <= round(solver.objective_value) + 2 * len(groups))
+        # What the rounding of stages and transfers may set apart is equal.
+        model.add(goal <= round(solver.objective_value) + (2 * len(groups) if goal is latency else 1))
     chosen = sorted(
         (first, end, number) for number, first, end, literal, _ in edges if solver.boolean_value(literal)
     )

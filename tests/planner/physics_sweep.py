@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,28 @@ def traffic(count: int = 24) -> Workload:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """Every catalog model with every catalog device."""
+    """Every catalog model with every catalog device; of models that differ in name only, the first."""
     devices = sorted(load_catalog().devices)
-    return [(row["name"], device) for row in model_rows() for device in devices]
+    own = {}
+    for row in model_rows():
+        spec = load_model(row["name"])
+        own.setdefault(
+            repr(replace(spec, name="", family="", source="", hugging_face_ids=(), max_context_tokens=None)),
+            row["name"],
+        )
+    return [(model, device) for model in own.values() for device in devices]
+
+
+def half(parity: int) -> list[tuple[str, str]]:
+    """Half of the pairs, as the fields of one colour of a chequerboard."""
+    models: dict[str, int] = {}
+    devices: dict[str, int] = {}
+    found = []
+    for model, device in pairs():
+        at = models.setdefault(model, len(models)) + devices.setdefault(device, len(devices))
+        if at % 2 == parity:
+            found.append((model, device))
+    return found
 
 
 def smallest_plan(evaluator: Evaluator, cluster: Cluster) -> PlanPoint | None:

@@ -93,6 +93,23 @@ def test_batching_and_formats_multiply_the_layouts() -> None:
     assert len(many) == len(one) * 2 * 2 * 3 * 2
 
 
+def test_a_large_pool_has_a_fine_grid_and_a_small_one_has_not() -> None:
+    rooms = load_model("deepseek-v3"), cluster_of("h200-sxm-141gb", nodes=8), load_profile("vllm")
+    large, small = PlanSpace(*rooms, SpaceLimits()), space_of()
+    assert len(large) >= 100_000
+    assert len(small) < 1000
+    # Whole nodes: eight devices a replica, as many replicas as fit, none left out up to eight.
+    nodes = {p.replicas for p in large if (p.tensor, p.pipeline, p.attention_data) == (8, 1, 1)}
+    assert nodes == set(range(1, 9))
+    ones = {p.replicas for p in large if p.devices == p.replicas}
+    assert ones == {*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64}
+    assert {p.chunked_prefill for p in large} == {True, False}
+    assert len({p.id for _, p in zip(range(2000), large, strict=False)}) == 2000
+    # What the request pins stays pinned.
+    pinned = PlanSpace(*rooms, SpaceLimits(replicas=(1,), max_num_seqs=(64,), chunked_prefill=(True,)))
+    assert {(p.replicas, p.max_num_seqs, p.chunked_prefill) for p in pinned} == {(1, 64, True)}
+
+
 def test_fixed_values_are_kept() -> None:
     pins: dict[str, Any] = {
         "tensor": (2,),

@@ -74,6 +74,14 @@ def test_the_split_is_that_of_brute_force(
     assert len({number for number, *_ in found.stages}) == len(found.stages)
 
 
+def test_rounding_does_not_hide_the_shorter_cycle_of_equal_latencies() -> None:
+    # 3 + 0.5 + 14 s, or 11 + 0.5 + 6 s: equal, but not as parts of the longest time.
+    groups = [Group("a", (5.0, 8.0, 4.0), 20.0, 0.0, 2.0), Group("b", (3.0, 8.0, 8.0), 20.0, 3.0, 0.0)]
+    found = split_layers(groups, [1.0] * 3, objective="latency", transfer_s=0.5)
+    assert found is not None
+    assert (found.latency_s, found.cycle_s) == (17.5, 11.0)
+
+
 def test_the_faster_devices_hold_more_layers() -> None:
     pools = [
         {"name": "fast", "device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 1},

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
+import pickle
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +22,7 @@ from planner.evaluate import Evaluator, table_sizes
 from planner.pipeline import Planner
 from planner.plans import PlanSpace
 from planner.search import SEARCHERS, ExhaustiveSearch, Support
-from planner.search.pool import Here, Joblib, _pack, _unpack, judge, make_pool
+from planner.search.pool import Here, Workers, _pack, _unpack, judge, make_pool
 from planner.search.race import Race, prefix
 from tests.planner.conftest import request_of
 from tests.planner.fakes import FakeEvaluator, FakeSpace, StepClock
@@ -112,17 +117,156 @@ def test_an_evaluator_travels() -> None:
     assert other.evaluate(point, interval=False) == evaluator.evaluate(point, interval=False)
 
 
-def test_a_worker_that_dies_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator, space = real(max_num_seqs=[64], max_num_batched_tokens=[2048])
-    points = [point for point in space if evaluator.reject(point) is None]
+#: Set in workers by `_deadly`: which plan kills, how often, and where that is counted.
+_KILLS = "PLANFRONT_TEST_KILLS"
 
-    def dead(*args: Any) -> Any:
-        raise RuntimeError("a worker is gone")
 
-    monkeypatch.setattr("planner.search.pool.judge", dead)
-    pool = Joblib(evaluator, 1, "processes")
-    assert pool.evaluate(points) == Here(evaluator).evaluate(points)
-    assert pool.lost == 1
+def _deadly(token: str, payload: bytes, task: Any) -> Any:
+    """A worker's work; a plan (by its id) kills the process, as often as said."""
+    victim, times, log = os.environ[_KILLS].split(":")
+    for _, point in task:
+        if point.id == victim and Path(log).stat().st_size < int(times):
+            with open(log, "a") as out:
+                out.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+    with open(log + ".done", "a") as out:
+        out.write("".join(f"{point.id}\n" for _, point in task))
+    return judge(token, payload, task)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["processes", "dask", "ray"])
+def test_a_worker_is_killed_and_the_search_goes_on(
+    backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    evaluator, space = real(requests=20)
+    plain = conformance.run(ExhaustiveSearch, evaluator, space, objectives=("latency", "energy"))
+    log = tmp_path / "kills"
+    log.touch()
+    monkeypatch.setenv(_KILLS, f"{plain.front[0].point.id}:1:{log}")
+    monkeypatch.setattr("planner.search.pool.judge", _deadly)
+    with CLUSTERS[backend]():
+        found = conformance.run(
+            ExhaustiveSearch, evaluator, space, objectives=("latency", "energy"), workers=2,
+            support=Support(backend=backend),
+        )  # fmt: skip
+    assert log.read_text() == "x", "nobody was killed"
+    assert found.certified
+    assert conformance.identity(found.front) == conformance.identity(plain.front)
+    # What had arrived was not done again: only what was under way, a task of each worker.
+    done = Counter(Path(f"{log}.done").read_text().split())
+    assert sum(count - 1 for count in done.values()) <= 2 * 16
+
+
+@contextmanager
+def _loky() -> Iterator[None]:
+    from joblib.externals.loky import get_reusable_executor
+
+    # New processes see this test's environment, and later tests do not.
+    get_reusable_executor().shutdown(wait=True)
+    yield
+    get_reusable_executor().shutdown(wait=True)
+
+
+@contextmanager
+def _dask() -> Iterator[None]:
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster),
+    ):
+        yield
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    yield
+    assert not ray.is_initialized(), "the local cluster was left behind"
+
+
+CLUSTERS = {"processes": _loky, "dask": _dask, "ray": _ray}
+
+
+class _Scripted(Workers):
+    """Workers of which a script says what kills them."""
+
+    def __init__(self, evaluator: Evaluator, deadly: Callable[[Any], bool]) -> None:
+        super().__init__(evaluator, 2)
+        self.deadly, self.ran = deadly, Counter[int]()
+
+    def _open(self) -> None:
+        pass
+
+    def _run(self, tasks: Any) -> Any:
+        for task in tasks:
+            if self.deadly(task):
+                raise RuntimeError("a worker is gone")
+            self.ran.update(index for index, _ in task)
+            yield judge(self._token, self._payload, task)
+
+
+def test_results_that_have_arrived_outlive_a_worker() -> None:
+    evaluator, space = real(requests=20)
+    points = [point for point in space if evaluator.reject(point) is None][:48]
+    here = Here(evaluator).evaluate(points)
+    left = [2]
+
+    def twice(task: Any) -> bool:
+        left[0] -= any(index == 20 for index, _ in task)
+        return left[0] >= 0 and any(index == 20 for index, _ in task)
+
+    pool = _Scripted(evaluator, twice)
+    assert pool.evaluate(points) == here
+    assert set(pool.ran.values()) == {1}, "finished work was done again"
+    assert (pool.deaths, pool.lost) == (2, 0)
+    # A plan that kills whoever runs it is given up, the others are not.
+    pool = _Scripted(evaluator, lambda task: any(index == 20 for index, _ in task))
+    found = pool.evaluate(points)
+    assert found[20] is None
+    assert [*found[:20], *found[21:]] == [*here[:20], *here[21:]]
+    assert (pool.lost, pool.gone) == (1, False)
+    # Where nothing gets through any more, the work is done here, from then on at once.
+    pool = _Scripted(evaluator, lambda task: True)
+    assert pool.evaluate(points) == here
+    deaths = pool.deaths
+    assert pool.gone
+    assert pool.evaluate(points) == here
+    assert pool.deaths == deaths
+
+
+def test_a_search_that_gives_a_plan_up_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, space = real(requests=20, max_num_seqs=[64], max_num_batched_tokens=[2048])
+    plain = conformance.run(ExhaustiveSearch, evaluator, space, objectives=("latency", "energy"))
+    victim = plain.front[0].point
+    pool = _Scripted(evaluator, lambda task: any(point == victim for _, point in task))
+    monkeypatch.setattr("planner.search.run.make_pool", lambda *args, **more: pool)
+    for searcher in SEARCHERS.values():
+        found = conformance.run(searcher, evaluator, space, objectives=("latency", "energy"), workers=2)
+        assert victim not in [item.point for item in found.judged]
+        assert not found.certified
+        assert "killed every worker" in found.reason
+        assert found.gap is not None
+        assert found.gap.open >= 1
+
+
+def test_what_goes_wrong_with_a_plan_is_no_dead_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, space = real(requests=20)
+    point = next(iter(space))
+
+    def wrong(*args: Any, **more: Any) -> Any:
+        raise InputError("plan", "cannot be")
+
+    monkeypatch.setattr(Evaluator, "evaluate", wrong)
+    pool = _Scripted(evaluator, lambda task: False)
+    with pytest.raises(InputError, match="cannot be"):
+        pool.evaluate([point])
+    assert pool.deaths == 0
+    error = pickle.loads(pickle.dumps(InputError("plan", "cannot be")))
+    assert (error.path, error.message) == ("plan", "cannot be")
 
 
 def test_unknown_and_missing_backends_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,40 +276,3 @@ def test_unknown_and_missing_backends_are_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(InputError, match="not installed"):
         make_pool(evaluator, 1, "ray")
-
-
-def _slow(token: str, payload: bytes, points: list[Any]) -> list[Any]:
-    """A worker's work, with time to be killed in."""
-    time.sleep(0.3)
-    return judge(token, payload, points)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_a_dask_worker_is_killed_and_the_search_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    distributed = pytest.importorskip("distributed", reason="dask is not installed")
-    import signal
-    import threading
-
-    evaluator, space = real(requests=30)
-    plain = conformance.run(ExhaustiveSearch, evaluator, space, objectives=("latency", "energy"))
-    monkeypatch.setattr("planner.search.pool.judge", _slow)
-    monkeypatch.setattr("planner.search.pool._TASK", 4)
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
-        ) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        pids = client.run(os.getpid)
-        victim = sorted(pids.values())[0]
-        timer = threading.Timer(1.0, os.kill, (victim, signal.SIGKILL))
-        timer.start()
-        found = conformance.run(
-            ExhaustiveSearch, evaluator, space, objectives=("latency", "energy"), workers=2,
-            support=Support(backend="dask"),
-        )  # fmt: skip
-        timer.join()
-        assert victim not in client.run(os.getpid).values(), "nobody was killed"
-    assert found.certified
-    assert conformance.identity(found.front) == conformance.identity(plain.front)
