@@ -270,6 +270,8 @@ def test_a_signal_ends_a_running_search_with_130(save: Save, tmp_path: Path) -> 
     running = subprocess.Popen(
         [sys.executable, "-m", "api.cli", "plan", "request.yaml"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ,
+        # Whoever runs the tests in the background has them ignore the signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         with (tmp_path / "request.yaml").open("w") as fifo:  # returns once the command reads
