@@ -82,7 +82,7 @@ class Setting(NamedTuple):
 
 #: By family: what fits the budget of a file. Kernels of decode attention switch often: large trees.
 SETTINGS: dict[str, Setting] = {
-    "gemm": Setting(300, 63, 0.11, 8, 0.4),
+    "gemm": Setting(288, 63, 0.11, 8, 0.4),
     "prefill": Setting(300, 31, 0.08, 8, 0.3),
     "decode": Setting(300, 95, 0.12, 8),
     "moe": Setting(200, 31, 0.1, 12),
