@@ -130,7 +130,9 @@ def _asked(
     return Asked(
         kind=kind,
         request=plain,
-        models=tuple(dict.fromkeys(load_model(one.model, allow_paths=False).name for one in requests)),
+        models=tuple(
+            dict.fromkeys(load_model(one.model, one.config, allow_paths=False).name for one in requests)
+        ),
         devices=tuple(dict.fromkeys(catalog.device(pool.device or "", "cluster").name for pool in pools)),
         engine=",".join(dict.fromkeys(one.engine.name for one in requests)),
         seed=requests[0].search.seed if seed is None else seed,
@@ -142,6 +144,7 @@ def _member(fleet: FleetRequest, index: int) -> PlanningRequest:
     one = fleet.models[index]
     return PlanningRequest(
         model=one.model,
+        config=one.config,
         engine=one.engine,
         cluster=fleet.cluster,
         workload=one.workload,

@@ -113,7 +113,7 @@ def run_batch_there(
     submitted already are the same runs, which went on meanwhile. Raises InputError as `run_batch`, and for a
     service that does not answer.
     """
-    from api.cli_service import Traces
+    from api.cli_service import Files
     from api.client import Client
 
     _prepare(out_dir, resume)
@@ -127,7 +127,7 @@ def run_batch_there(
             progress(f"line {summary['line']}: {summary['status']}")
 
     with Client(server, patience_s=_PATIENCE_S) as client:
-        traces = Traces(client, path.resolve().parent)
+        files = Files(client, path.resolve().parent)
         waiting: deque[tuple[int, bytes | None, Any, str]] = deque()
 
         def collect() -> None:
@@ -151,7 +151,7 @@ def run_batch_there(
             try:
                 data = _request(number, line)
                 ident = data.get("id")
-                request = traces.in_request({key: value for key, value in data.items() if key != "id"})
+                request = files.in_request({key: value for key, value in data.items() if key != "id"})
                 key = f"batch-{batch_id}-{number}-{_mark(line)}"
                 run = client.submit(request, label=f"batch {batch_id}", idempotency_key=key)
             except ServiceError as error:

@@ -27,7 +27,7 @@ from planner.workload.presets import PRESETS
 NOWHERE = Path(os.devnull)
 
 #: A catalog name or `organisation/name`; anything else could be a path, and is never looked at.
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.\-+ ]*(/[A-Za-z0-9][\w.\-+ ]*)?")
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.\-+ ]*(/[A-Za-z0-9][\w.\-+ ]*)?")
 #: An uploaded trace, by its id.
 _UPLOAD = re.compile(r"upload:[0-9a-f]{28}")
 _NO_FILES = "files are read on the command line only"
@@ -69,8 +69,10 @@ def admit_run(data: Any, settings: Settings) -> PlanningRequest:
 
 def _limits(request: PlanningRequest, settings: Settings, *, uploads: bool = False) -> list[InputError]:
     found = []
-    if not _MODEL_NAME.fullmatch(request.model):
-        found.append(InputError("model", f"must be a model of the catalog; {_NO_FILES}"))
+    if not MODEL_NAME.fullmatch(request.model):
+        found.append(
+            InputError("model", f"must be a model of the catalog, or the name of `config`; {_NO_FILES}")
+        )
     devices = 0
     for index, pool in enumerate(request.cluster.pools):
         if pool.topology is not None:
@@ -166,7 +168,9 @@ def find_problems(data: Any, settings: Settings, *, uploads: bool = False) -> Pr
     limits = [pair for error in _limits(request, settings, uploads=uploads) for pair in problems_of(error)]
     limited = {re.split(r"[.\[]", path)[0] for path, _ in limits}
     checks: dict[str, Callable[[], Problems]] = {
-        "model": lambda: _collect(lambda: load_model(request.model, allow_paths=False, base_dir=NOWHERE)),
+        "model": lambda: _collect(
+            lambda: load_model(request.model, request.config, allow_paths=False, base_dir=NOWHERE)
+        ),
         "engine": lambda: _collect(lambda: load_profile(request.engine.name, request.engine.version)),
         "cluster": lambda: _cluster_problems(request),
         "workload": lambda: (
@@ -180,6 +184,8 @@ def find_problems(data: Any, settings: Settings, *, uploads: bool = False) -> Pr
             for pair in _collect(lambda name=name: load_catalog().device(name, f"prices.{name}"))  # type: ignore[misc]
         ],
     }
+    if "config" in broken:
+        del checks["model"]  # its name alone says nothing
     meant = [check() for part, check in checks.items() if part not in broken | limited]
     return found + form + limits + [pair for pairs in meant for pair in pairs]
 

@@ -382,7 +382,7 @@ def plan_there(server: str, data: Any, base: Path, *, quiet: bool) -> dict[str, 
     from api.client import Client
 
     with Client(server) as client:
-        sent = Traces(client, base)
+        sent = Files(client, base)
         return _followed(client, client.submit(sent.in_request(data)), quiet=quiet)
 
 
@@ -391,7 +391,7 @@ def fleet_there(server: str, data: Any, base: Path, *, quiet: bool) -> dict[str,
     from api.client import Client
 
     with Client(server) as client:
-        sent = Traces(client, base)
+        sent = Files(client, base)
         if isinstance(data, dict) and isinstance(data.get("models"), list):
             data = {**data, "models": [sent.in_request(one) for one in data["models"]]}
         return _followed(client, client.submit_fleet(data), quiet=quiet)
@@ -404,19 +404,31 @@ def sweep_there(
     from api.client import Client
 
     with Client(server) as client:
-        request = Traces(client, base).in_request(data)
+        request = Files(client, base).in_request(data)
         return _followed(client, client.submit_sweep(request, vary, values), quiet=quiet)
 
 
-class Traces:
-    """Sends the trace files that requests name, each once."""
+class Files:
+    """Sends the files that requests name: traces, each once, and what a `config.json` says of a model."""
 
     def __init__(self, client: Client, base: Path) -> None:
         self._client, self._base = client, base
         self._sent: dict[Path, str] = {}
 
     def in_request(self, data: Any) -> Any:
-        """The request with its trace, if it names a file, sent and named as the service knows it."""
+        """The request with its files sent: no path is left that the service would have to read."""
+        return self._with_trace(self.with_config(data))
+
+    def with_config(self, data: Any) -> Any:
+        """The request with what the `config.json` says that its `model` names by path."""
+        from planner.models import config_at
+
+        if not isinstance(data, dict) or not isinstance(data.get("model"), str) or "config" in data:
+            return data
+        found = config_at(data["model"], self._base)
+        return data if found is None else {**data, "model": found[0], "config": found[1]}
+
+    def _with_trace(self, data: Any) -> Any:
         from api.files import open_file
 
         at = data

@@ -526,7 +526,7 @@ def _shown(models: tuple[str, ...]) -> str:
 # --- checking -------------------------------------------------------------------------------------
 
 #: The parts of a request that name things: checked against the catalogs, once for equal ones.
-_MEANT = ("model", "engine", "cluster", "workload", "prices", "space", "slo", "objectives")
+_MEANT = ("model", "config", "engine", "cluster", "workload", "prices", "space", "slo", "objectives")
 
 
 @lru_cache(maxsize=1024)

@@ -39,13 +39,15 @@ def validate_file(path: Path, server: str | None = None) -> dict[str, Any]:
 
     with ExitStack() as stack:
         if server:
+            from api.cli_service import Files
             from api.client import Client
 
             client = stack.enter_context(Client(server))
+            files = Files(client, path.resolve().parent)
 
             def compare(run: Mapping[str, Any]) -> list[Comparison]:
                 names = ("metric", "measured", "predicted", "low", "high")
-                rows = client.measure(run)["comparisons"]
+                rows = client.measure(files.with_config(run))["comparisons"]
                 return [Comparison(**{name: row[name] for name in names}) for row in rows]
 
         else:

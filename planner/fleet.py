@@ -29,6 +29,7 @@ from planner.request import (
     AmountOrZero,
     ClusterRequest,
     Engine,
+    ModelConfig,
     PlanningRequest,
     SearchRequest,
     Slo,
@@ -53,6 +54,7 @@ class FleetModel(StrictModel):
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     model: Annotated[str, Field(min_length=1, max_length=4096)]
+    config: ModelConfig | None = None
     engine: Engine = Engine()
     workload: WorkloadRequest
     slo: Slo
@@ -181,6 +183,7 @@ class _Member:
             question = planner.load(
                 PlanningRequest(
                     model=asked.model,
+                    config=asked.config,
                     engine=asked.engine,
                     cluster=request.cluster,
                     workload=asked.workload,

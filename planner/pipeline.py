@@ -92,9 +92,10 @@ class Planner:
         if len(self._tables) > MAX_TABLES:
             self._tables.clear()  # whoever still uses one holds it
         engine = load_profile(request.engine.name, request.engine.version)
-        if request.model not in self._models:
-            self._models[request.model] = load_model(
-                request.model, allow_paths=self.allow_paths, base_dir=self.base_dir
+        model = repr((request.model, request.config))
+        if model not in self._models:
+            self._models[model] = load_model(
+                request.model, request.config, allow_paths=self.allow_paths, base_dir=self.base_dir
             )
         if not self.allow_paths:
             for index, pool in enumerate(request.cluster.pools):
@@ -115,7 +116,7 @@ class Planner:
         if engine.engine not in self._costs:
             self._costs[engine.engine] = default_cost_model(engine.engine)
         return Question(
-            request, self._models[request.model], cluster, engine, workload, summary,
+            request, self._models[model], cluster, engine, workload, summary,
             self._costs[engine.engine], self.catalog, prices,
         )  # fmt: skip
 

@@ -256,11 +256,16 @@ class Site(StrictModel):
     host_w_per_device: AmountOrZero = 0.0
 
 
+#: The content of a model's `config.json`. The model is then what it describes, and `model` its name.
+ModelConfig = Annotated[dict[str, Any], Field(min_length=1, max_length=2000)]
+
+
 class PlanningRequest(StrictModel):
     """A model, machines, traffic, targets: what the planner is asked."""
 
     schema_version: Literal["1"] = "1"
     model: Annotated[str, Field(min_length=1, max_length=4096)]
+    config: ModelConfig | None = None
     engine: Engine = Engine()
     cluster: ClusterRequest
     workload: WorkloadRequest

@@ -71,14 +71,15 @@ def fields_of(data: Any, label: str = "", notes: str = "") -> Form:
 
 
 def rest_paths(data: Any, path: str = "") -> list[str]:
-    """The dotted paths of the leaves of a mapping."""
+    """The dotted paths of the leaves of a mapping, a model's config left aside: the form tells of it."""
     if isinstance(data, Mapping) and data:
         return [
             found
             for key, value in data.items()
+            if path or key != "config"
             for found in rest_paths(value, f"{path}.{key}" if path else str(key))
         ]
-    return [path]
+    return [path] if path else []
 
 
 def text(value: Any) -> str:

@@ -333,6 +333,27 @@ def _with_rest(form: Form, request: dict[str, Any]) -> Any:
     return _merged(request, rest) if isinstance(rest, Mapping) else request
 
 
+def config_of(form: Form) -> Any:
+    """The content of the model's config.json, where the request holds one; else None."""
+    if not form.values["rest"]:
+        return None
+    try:
+        rest = read_yaml(form.values["rest"])
+    except InputError:
+        return None
+    return rest.get("config") if isinstance(rest, Mapping) else None
+
+
+def without_config(form: Form) -> None:
+    """Let the model be again what its name says."""
+    try:
+        rest = read_yaml(form.values["rest"]) if form.values["rest"] else {}
+    except InputError:
+        return
+    left = {key: value for key, value in rest.items() if key != "config"} if isinstance(rest, Mapping) else {}
+    form.values["rest"] = request_yaml(left) if left else ""
+
+
 def _merged(base: Any, over: Any) -> Any:
     if isinstance(base, Mapping) and isinstance(over, Mapping):
         found = dict(base)

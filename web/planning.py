@@ -11,6 +11,7 @@ from api.desk import Desk
 from api.errors import ApiError, problems_of
 from api.routes.planning import stop_when_gone
 from hardware import InputError, load_catalog
+from planner.models import count_parameters, load_model
 from planner.objectives import OBJECTIVES
 from web.fields import fields_of, rest_paths
 from web.format import billions, count, quantity
@@ -22,11 +23,13 @@ from web.forms import (
     STATISTICS,
     Form,
     blank,
+    config_of,
     options_of,
     pool_field,
     read_form,
     request_of,
     text_of,
+    without_config,
 )
 from web.page import html, principal_of, runs_of, sent, service_of, stored
 from web.pages import render
@@ -68,6 +71,7 @@ async def _choices(request: Request, form: Form) -> dict[str, Any]:
         "most_pools": MAX_POOLS,
         "pool_field": pool_field,
         "rest_paths": _rest(form),
+        "config_words": _config_words(form),
     }
 
 
@@ -76,6 +80,19 @@ def _rest(form: Form) -> list[str]:
         return rest_paths(read_yaml(form.values["rest"])) if form.values["rest"] else []
     except InputError:
         return ["what cannot be read"]
+
+
+def _config_words(form: Form) -> str:
+    """What the request's own config.json describes; empty without one."""
+    config = config_of(form)
+    if config is None:
+        return ""
+    try:
+        spec = load_model(form.values["model"] or "model", config)
+    except InputError:
+        return "its config.json cannot be used"
+    size = billions(count_parameters(spec).total).replace("\u00a0", " ")
+    return f"{size} parameters, {spec.num_layers} layers, as its config.json says"
 
 
 def _words(objective: str) -> str:
@@ -221,6 +238,8 @@ def _changed(form: Form) -> Form | None:
         index = int(form.mode.removeprefix("drop-pool-") or 0) if form.mode[10:].isdigit() else -1
         if 0 <= index < len(form.pools) and len(form.pools) > 1:
             form.pools.pop(index)
+    elif form.mode == "drop-config":
+        without_config(form)
     elif form.mode == "read":
         return _from_yaml(form)
     elif form.mode not in ("show", "preview"):

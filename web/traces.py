@@ -1,4 +1,4 @@
-"""Uploaded traces as pages, and a config.json read to see which known model it is."""
+"""Uploaded traces as pages, and a model of one's own from its config.json."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastapi.responses import HTMLResponse
 from starlette.responses import Response
 from starlette.types import Message
 
+from api.checks import MODEL_NAME
 from api.errors import ApiError
 from api.files import parse_json
 from api.routes.uploads import create_upload
@@ -22,10 +23,12 @@ from planner.models.catalog import model_rows
 from planner.models.huggingface import from_config
 from planner.models.parameters import count_parameters
 from web.format import billions, count, quantity
+from web.forms import blank, request_of
 from web.page import back_to, html, principal_of, runs_of, sent_fields, service_of
 from web.preview import preview
 from web.run_pages import ago, when
 from web.session import check_token
+from web.view import request_yaml
 
 router = APIRouter(include_in_schema=False)
 
@@ -142,25 +145,27 @@ def _parts(request: Request, body: bytes) -> tuple[dict[str, str], str, bytes]:
 @router.get("/model-config")
 async def config_form(request: Request) -> HTMLResponse:
     """The form that takes a config.json."""
-    return html(request, "model_config.html", here="plan", text="", problem="", found=None)
+    return html(request, "model_config.html", here="plan", text="", name="", problem="", found=None)
 
 
 @router.post("/model-config")
 async def read_config(request: Request) -> HTMLResponse:
-    """What a config.json is, and which known models are built the same."""
+    """What a config.json is, which known models are built the same, and the way to its plan."""
     fields = await sent_fields(request)
-    text = fields.get("config", "")
+    text, name = fields.get("config", ""), fields.get("name", "").strip()
     try:
-        found = await asyncio.to_thread(_read_config, text)
+        found = await asyncio.to_thread(_read_config, text, name)
     except InputError as error:
         words = (
             f"{error.path.removeprefix('model.config.')}: {error.message}" if error.path else error.message
         )
-        return html(request, "model_config.html", 422, here="plan", text=text, problem=words, found=None)
-    return html(request, "model_config.html", here="plan", text=text, problem="", found=found)
+        return html(
+            request, "model_config.html", 422, here="plan", text=text, name=name, problem=words, found=None
+        )
+    return html(request, "model_config.html", here="plan", text=text, name=name, problem="", found=found)
 
 
-def _read_config(text: str) -> dict[str, Any]:
+def _read_config(text: str, name: str) -> dict[str, Any]:
     if not text.strip():
         raise InputError("", "paste the content of a config.json")
     try:
@@ -179,7 +184,12 @@ def _read_config(text: str) -> dict[str, Any]:
             same.append(row["name"])
         elif abs(row["parameters"] / total - 1) < 0.15:
             near.append(row["name"])
+    said = config.get("_name_or_path")
+    called = name or (said if isinstance(said, str) and MODEL_NAME.fullmatch(said) else "my-model")
+    asked = request_of(blank({}))
     return {
+        "name": called,
+        "yaml": request_yaml({**asked, "model": called, "config": dict(config)}),
         "facts": [
             ("Parameters", billions(total)),
             ("Layers", count(spec.num_layers)),

@@ -156,7 +156,7 @@ def _launch(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) ->
     pool = pools.get(worker["pool"], next(iter(pools.values())))
     device = load_catalog().device(pool["device"]) if pool.get("device") else None
     devices = degrees["tensor"] * degrees["pipeline"] * degrees["attention_data"]
-    spec = load_model(request["model"])
+    spec = load_model(request["model"], request.get("config"))
     model = spec.hugging_face_ids[0] if spec.hugging_face_ids else request["model"]
     if "/" in request["model"] and request["model"].split("/")[-1].lower() != spec.name:
         model = request["model"]

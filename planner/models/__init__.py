@@ -1,6 +1,6 @@
 """Models: from a config to weights, cache and operators per device."""
 
-from planner.models.catalog import load_model, model_rows
+from planner.models.catalog import config_at, load_model, model_rows
 from planner.models.huggingface import families, from_config
 from planner.models.operators import attention_cap_tokens, layer_graph, step_terms
 from planner.models.parameters import Parameters, count_parameters
@@ -31,6 +31,7 @@ __all__ = [
     "QuantizationDefault",
     "attention_cap_tokens",
     "check_degrees",
+    "config_at",
     "count_parameters",
     "families",
     "from_config",

@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from importlib import resources
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware.errors import InputError
-from planner.models.huggingface import from_config, quantization
+from planner.models.huggingface import from_config
 from planner.models.parameters import count_parameters
 from planner.models.spec import ModelSpec, QuantizationDefault
 
@@ -94,26 +95,33 @@ def _named(name: str) -> ModelSpec:
 
 
 def load_model(
-    name: str, *, allow_paths: bool = True, base_dir: Path | None = None, path: str = "model"
+    name: str,
+    config: Mapping[str, Any] | None = None,
+    *,
+    allow_paths: bool = True,
+    base_dir: Path | None = None,
+    path: str = "model",
 ) -> ModelSpec:
     """A model by catalog name, Hugging Face id (in any case, variants included), or path.
 
-    A path is a `config.json` or its folder; `hf_quant_config.json` beside it is read too. Raises
-    InputError with the nearest names, or why the file cannot be used.
+    A path is a `config.json` or its folder; `hf_quant_config.json` beside it is read too. With a `config`,
+    the content of a `config.json`, the model is what that describes and `name` only what it is called.
+    Raises InputError with the nearest names, or why the file or the config cannot be used.
     """
     if not isinstance(name, str) or not name.strip():
         raise InputError(path, "must be the name of a model or the path of its config.json")
     asked = name.strip()
-    index = _index()
-    for form in (asked.lower(), asked.lower().split("/")[-1], _bare(asked)):
-        found = index.get(form)
-        if found is not None:
-            spec = _named(found)
-            return replace(spec, quantization=_variant(asked, spec.quantization))
+    if config is not None:
+        return replace(from_config(config, "config", asked), source="the request's config")
+    found = _known(asked)
+    if found is not None:
+        spec = _named(found)
+        return replace(spec, quantization=_variant(asked, spec.quantization))
     if _looks_like_path(asked, base_dir):
         if not allow_paths:
             raise InputError(path, "files are read on the command line only; name a model of the catalog")
-        return _from_file(asked, base_dir, path)
+        name, config, file = _read_file(asked, base_dir, path)
+        return replace(from_config(config, f"{path}.config", name), source=str(file))
     close = difflib.get_close_matches(_bare(asked), sorted(_rows()), n=3, cutoff=0.3)
     raise InputError(
         path, f"unknown model '{asked[:80]}'", f"nearest: {', '.join(close or sorted(_rows())[:3])}"
@@ -129,7 +137,28 @@ def _looks_like_path(text: str, base_dir: Path | None) -> bool:
         return False
 
 
-def _from_file(text: str, base_dir: Path | None, path: str) -> ModelSpec:
+def _known(asked: str) -> str | None:
+    """The catalog name that a name or id means."""
+    index = _index()
+    forms = (asked.lower(), asked.lower().split("/")[-1], _bare(asked))
+    return next((index[form] for form in forms if form in index), None)
+
+
+def config_at(
+    text: str, base_dir: Path | None = None, path: str = "model"
+) -> tuple[str, dict[str, Any]] | None:
+    """(name, content) of the `config.json` that a request's `model` names by path; None when it is no path.
+
+    What `hf_quant_config.json` beside it says of the formats is in the content. Raises InputError.
+    """
+    asked = text.strip()
+    if _known(asked) is not None or not _looks_like_path(asked, base_dir):
+        return None
+    name, config, _ = _read_file(asked, base_dir, path)
+    return name, config
+
+
+def _read_file(text: str, base_dir: Path | None, path: str) -> tuple[str, dict[str, Any], Path]:
     file = Path(text).expanduser()
     if not file.is_absolute():
         file = (base_dir or Path.cwd()) / file
@@ -138,17 +167,16 @@ def _from_file(text: str, base_dir: Path | None, path: str) -> ModelSpec:
             file = file / "config.json"
             if not file.exists():
                 raise InputError(path, f"the folder '{text[:200]}' has no config.json")
-        spec = from_config(_read_json(file, path), f"{path}.config", file.parent.name or "model")
+        config = _read_json(file, path)
         beside = file.with_name("hf_quant_config.json")
-        if beside.exists():
-            found = quantization(_read_json(beside, path), spec.family, f"{path}.config")
-            spec = replace(spec, quantization=found)
+        if isinstance(config, dict) and beside.exists():
+            config = {**config, "quantization_config": _read_json(beside, path)}
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(path, f"'{text[:200]}' cannot be read: {reason}"[:300]) from error
-    return replace(spec, source=str(file))
+    return file.parent.name or "model", config, file
 
 
 def _read_json(file: Path, path: str) -> Any:

@@ -36,6 +36,13 @@ _REQUEST: dict[str, Any] = {
 }
 
 
+#: A config.json that is no catalog model's.
+OWN_MODEL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 6,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 4096, "vocab_size": 32000,
+}  # fmt: skip
+
+
 def small_request(**changes: Any) -> dict[str, Any]:
     """One model of 1B on one node of two H100, 50 requests; `changes` replace whole sections."""
     return copy.deepcopy({**_REQUEST, **changes})

@@ -17,7 +17,7 @@ from api.settings import Settings
 from api.solver import versions
 from api.store import Store
 from planner import PlanningResult
-from tests.api.conftest import small_request
+from tests.api.conftest import OWN_MODEL, small_request
 from tests.api.serving import claim, service, work, working
 from tests.api.test_app_errors import assert_problem
 
@@ -374,6 +374,22 @@ def test_events_come_as_they_happen(served: tuple[TestClient, Store]) -> None:
 
 
 # --- plans ----------------------------------------------------------------------------------------
+
+
+def test_a_model_of_ones_own_is_kept_with_its_config(served: tuple[TestClient, Store]) -> None:
+    client, store = served
+    asked = small_request(model="me/mine", config=OWN_MODEL)
+    run = client.post(RUNS, json=asked).json()
+    assert run["model"] == "me/mine"
+    work(store, claim(store))
+    where = f"{RUNS}/{run['id']}"
+    assert client.get(f"{where}/result").json()["request"]["config"] == OWN_MODEL
+    assert "vllm serve me/mine" in client.get(f"{where}/plans/recommended/export?target=vllm").text
+    broken = {**asked, "config": {**OWN_MODEL, "hidden_size": "wide"}}
+    problem = assert_problem(client.post(RUNS, json=broken), 422, "invalid-request")
+    assert [row["path"] for row in problem["errors"]] == ["config.hidden_size"]
+    problem = assert_problem(client.post(RUNS, json={**asked, "config": []}), 422, "invalid-request")
+    assert [row["path"] for row in problem["errors"]] == ["config"]
 
 
 def test_export_of_a_stored_plan(served: tuple[TestClient, Store], done: dict[str, Any]) -> None:

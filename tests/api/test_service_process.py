@@ -19,7 +19,7 @@ from sqlalchemy import text
 from api.cli import main
 from api.client import Client, ServiceError
 from api.store import Filters, Store, open_store
-from tests.api.conftest import ROOT, small_request
+from tests.api.conftest import OWN_MODEL, ROOT, small_request
 from tests.api.test_studies import FLEET
 
 ENVIRON = {"OPENBLAS_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -215,6 +215,13 @@ def test_fleets_and_sweeps_are_asked_of_the_server(served: Served, line: Line) -
     assert points == json.loads(line(*asked))["points"]
     line("sweep", "request.json", "--vary", "model", "--values", "1", *there, code=2)
     assert line.err.startswith("planfront: error: vary: ")
+    # A model's own config.json travels with the request.
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text(json.dumps(OWN_MODEL))
+    Path("request.json").write_text(json.dumps(small_request(model="mine")))
+    found = [json.loads(line("plan", "request.json", "--quiet", "--json", "-", *to)) for to in (there, ())]
+    assert found[0]["plans"] == found[1]["plans"]
+    assert (found[0]["request"]["model"], found[0]["request"]["config"]) == ("mine", OWN_MODEL)
     Path("fleet.json").write_text(json.dumps({**FLEET, "models": []}))
     line("fleet", "fleet.json", *there, code=2)
     assert line.err.startswith("planfront: error: models: ")

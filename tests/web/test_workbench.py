@@ -244,9 +244,22 @@ def test_a_config_is_recognised(pages: TestClient) -> None:
         "tie_word_embeddings": False,
     }  # fmt: skip
     sent = {"csrf": token(pages, "/model-config"), "config": json.dumps(config)}
-    assert "It is built like llama-3" in checked(pages.post("/model-config", data=sent).text)
-    other = {**sent, "config": json.dumps({**config, "num_hidden_layers": 31})}
-    assert "in no catalog" in pages.post("/model-config", data=other).text
+    assert "It is built like" in checked(pages.post("/model-config", data=sent).text)
+    other = {**sent, "name": "me/mine", "config": json.dumps({**config, "num_hidden_layers": 31})}
+    page = checked(pages.post("/model-config", data=other).text)
+    assert "It is built like" not in page
+    # Its button opens the form with it, and what the form says next still has it.
+    asked = unescape(re.search(r'name="yaml" value="([^"]*)"', page)[1])  # type: ignore[index]
+    assert yaml.safe_load(asked)["config"]["num_hidden_layers"] == 31
+    form = checked(pages.post("/edit", data={"yaml": asked}).text)
+    assert "31 layers, as its config.json says" in form
+    rest = unescape(re.search(r'name="rest" value="([^"]*)"', form)[1])  # type: ignore[index]
+    kept = pages.post("/form/yaml", data={**FORM, "model": "me/mine", "rest": rest}).json()
+    assert yaml.safe_load(kept["yaml"])["config"]["num_hidden_layers"] == 31
+    assert kept["errors"] == {}
+    dropped = checked(pages.post("/plan", data={**FORM, "rest": rest, "mode": "drop-config"}).text)
+    assert "as its config.json says" not in dropped
+    assert "Plan it from its config.json" in dropped
     for wrong in ("", "{", "[1]", '{"architectures": ["Nothing"]}'):
         reply = pages.post("/model-config", data={**sent, "config": wrong})
         assert reply.status_code == 422

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from planner.models import (
     ModelSpec,
     attention_cap_tokens,
     check_degrees,
+    config_at,
     count_parameters,
     families,
     from_config,
@@ -307,6 +309,26 @@ def test_paths_and_folders(tmp_path: Path) -> None:
     assert load_model(str(tmp_path)).quantization.weights == "fp4"
     with pytest.raises(InputError, match="command line only"):
         load_model(str(tmp_path), allow_paths=False)
+
+
+def test_a_config_stands_for_itself(tmp_path: Path) -> None:
+    # Its name may be a catalog model's: what is built is what the config says.
+    spec = load_model("llama-3.1-8b", {**LLAMA, "num_hidden_layers": 40}, allow_paths=False)
+    assert (spec.name, spec.num_layers) == ("llama-3.1-8b", 40)
+    with pytest.raises(InputError, match=r"^config\.hidden_size: this field is required"):
+        load_model("mine", {**LLAMA, "hidden_size": None})
+    # As a file and its neighbour say, so does their content.
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    found = config_at("mine", tmp_path)
+    assert found is not None
+    assert found[0] == "mine"
+    alone, by_path = load_model(*found), load_model("mine", base_dir=tmp_path)
+    assert replace(alone, source="") == replace(by_path, source="")
+    assert alone.quantization.weights == "fp4"
+    assert config_at("llama-3.1-8b", tmp_path) is config_at("nothing", tmp_path) is None
 
 
 @pytest.mark.parametrize(
