@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from hardware import InputError
 from planner.engines import EngineProfile, load_profile
@@ -131,14 +133,20 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def predict(
-    planner: Planner, row: Any, host: dict[str, float] | None = None, intervals: bool = False
+    planner: Planner,
+    row: Any,
+    host: dict[str, float] | None = None,
+    intervals: bool = False,
+    run_error: dict[str, tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
-    """Prediction of one run, or why there is none; `host` replaces terms of the engine's profile."""
+    """Prediction of one run, or why there is none; `host` and `run_error` replace those of the profile."""
     try:
         request, plan = question(row)
         asked = planner.load(request)
         if host is not None:
             asked = replace(asked, engine=with_host(asked.engine, host))
+        if run_error is not None:
+            asked = replace(asked, engine=replace(asked.engine, run_error=run_error))
         evaluator = asked.evaluator(tables=planner._tables)
         point = resolve_plan(parse_plan(plan), asked.spec, asked.cluster, asked.engine)
         problem = check_plan(point, asked.spec, asked.cluster)
@@ -167,10 +175,14 @@ def with_host(engine: EngineProfile, host: dict[str, float]) -> EngineProfile:
 
 
 def compare(
-    runs: pd.DataFrame, planner: Planner, host: dict[str, float] | None = None, intervals: bool = False
+    runs: pd.DataFrame,
+    planner: Planner,
+    host: dict[str, float] | None = None,
+    intervals: bool = False,
+    run_error: dict[str, tuple[float, float]] | None = None,
 ) -> pd.DataFrame:
     """The runs with predictions and relative errors beside them."""
-    rows = [predict(planner, row, host, intervals) for row in runs.itertuples()]
+    rows = [predict(planner, row, host, intervals, run_error) for row in runs.itertuples()]
     found = pd.DataFrame(rows, index=runs.index)
     table = pd.concat([runs, found], axis=1)
     for name in ("ttft", "tpot"):
@@ -263,6 +275,41 @@ def coverage(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+#: Groups of fewer runs say little of their own.
+_LEAST_RUNS = 5
+
+
+def run_errors(table: pd.DataFrame) -> str:
+    """What an engine's profile states of whole runs: (low, high) of measured / predicted, by engine.
+
+    A run to come is of another model or device, so runs of one model on one device count together (random
+    effects): the spread between such groups and the spread within them, at the 90 % level of Student's t for
+    as few groups as there are. What kernels' own intervals explain of it (in the median) is taken off,
+    as both are added up again in a prediction.
+    """
+    lines = []
+    for engine, part in table.groupby("backend"):
+        text = f"{engine:<8}"
+        for name in ("tpot", "ttft"):
+            known = part[part[f"{name}_error"].notna()]
+            error = np.log(known[f"{name}_mean_ms"] / known[f"{name}_ms"])
+            label = [known.model_path, known.system]
+            middle, count = error.groupby(label).median(), error.groupby(label).size()
+            middle = middle[count >= _LEAST_RUNS]
+            inner = (error - error.groupby(label).transform("median")).quantile([0.05, 0.95])
+            within = float(inner.iloc[1] - inner.iloc[0]) / (2.0 * stats.norm.ppf(0.95))
+            between = float(middle.std(ddof=1)) * math.sqrt(1.0 + 1.0 / len(middle))
+            reach = float(stats.t.ppf(0.95, len(middle) - 1)) * math.hypot(between, within)
+            ends = []
+            for end, side in ((float(middle.mean()) - reach, "low"), (float(middle.mean()) + reach, "high")):
+                kernels = float(np.log(known[f"{name}_{side}_ms"] / known[f"{name}_ms"]).median())
+                rest = math.sqrt(max(0.0, end * end - kernels * kernels)) if end * kernels > 0 else abs(end)
+                ends.append(math.exp(math.copysign(rest, end)))
+            text += f"  {name}_error = [{min(1.0, ends[0]):.2f}, {max(1.0, ends[1]):.2f}]"
+        lines.append(text)
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the comparison."""
     parser = argparse.ArgumentParser(
@@ -275,6 +322,9 @@ def main() -> None:
     parser.add_argument("--backend", default="", help="only this engine")
     parser.add_argument("--fit", action="store_true", help="fit host terms of --backend on these rows")
     parser.add_argument("--intervals", action="store_true", help="how often 90 %% intervals hold")
+    parser.add_argument(
+        "--run-errors", action="store_true", help="what profiles state of whole runs, from these"
+    )
     parser.add_argument("--out", type=Path, help="write the rows with predictions as CSV")
     given = parser.parse_args()
     runs = pd.read_csv(given.runs)
@@ -296,7 +346,10 @@ def main() -> None:
         for engine in [given.backend] if given.backend else ("vllm", "sglang", "trtllm"):
             fit(runs[runs.use == "calibrate"], engine)
         return
-    table = compare(runs, Planner(), intervals=given.intervals)
+    kernels_only = {"tpot": (1.0, 1.0), "ttft": (1.0, 1.0)} if given.run_errors else None
+    table = compare(runs, Planner(), None, given.intervals or given.run_errors, kernels_only)
+    if given.run_errors:
+        print(run_errors(table))
     if given.intervals:
         print(coverage(table))
     print(report(table, ["model_path", "system", "backend"]))

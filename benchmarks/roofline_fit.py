@@ -111,6 +111,9 @@ START: dict[str, dict[str, float]] = {
 }
 START["mla_prefill"], START["mla_decode"] = START["prefill"], START["decode"]
 
+#: Formats of GEMMs whose tables hold the scaling of their activations.
+NARROWED = ("fp8", "fp8_block", "fp4", "int8")
+
 #: Coefficients that are shares of something stay physical.
 UPPER = {
     "compute": 0.97,
@@ -417,7 +420,9 @@ def moe_problem(
 
 def fit(problem: Problem, rows: int = 1500) -> tuple[dict[str, float], np.ndarray, int]:
     """Coefficients fitted on the groups with hash < 80, and log residuals of the others."""
-    start = START[problem.family]
+    start = dict(START[problem.family])
+    if problem.family == "gemm" and problem.dtype in NARROWED:
+        start["prepare"] = 5.0
     names = list(start)
     rng = np.random.default_rng(0)
     train = np.flatnonzero(problem.group < 75)

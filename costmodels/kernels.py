@@ -68,7 +68,8 @@ def gemm_time(
 
     One tiling costs waves x (work of one tile / rate of one SM); a tile of a x b reuses its
     operands less than a large one, hence the factor 1 + reuse (1/a + 1/b). Few thread blocks
-    cannot draw full bandwidth (`fill`: the share of SMs that must be busy for that).
+    cannot draw full bandwidth (`fill`: the share of SMs that must be busy for that). Activations that come
+    in 16 bits are scaled and narrowed first, by kernels of their own that move `prepare` bytes per element.
     """
     m, n, k, batch = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, k, batch)))
     shape = m.shape
@@ -87,6 +88,7 @@ def gemm_time(
     partial = np.where(splits > 1, splits * m * n * batch * 8.0 / (3.0 * rates.bandwidth) + c["split_s"], 0.0)
     time = smooth_max(compute, memory, c["overlap"]) + partial
     # Rows that are no multiple of 16 miss the aligned loads of narrow formats (CUTLASS fp8: +20 % to +90 %).
+    time = time + c.get("prepare", 0.0) * batch * m * k / rates.bandwidth
     time = time + c["odd"] * np.where(
         (m > 256) & (m % 16 > 0), n * k * batch * weight_bytes / rates.bandwidth, 0.0
     )

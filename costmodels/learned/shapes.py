@@ -3,7 +3,7 @@
 A `Batch` is one family's rows: raw columns [n] in a fixed order, seconds of a closed form for each (what the
 trees correct), and features [n, f] made of both. Training and prediction meet only here. GEMMs are corrected
 from the geometric mean of their closed form and the roofline: it errs less on matrices never measured than
-either of them.
+either of them. What narrowing the activations takes is added to that.
 
 Features are physics, mostly as logarithms to base 2: sizes, FLOPs, bytes, arithmetic intensity, the two
 roofline times and their ratio, how the work falls into tiles and waves over the SMs, alignment (powers of
@@ -56,12 +56,16 @@ FORMATS: Mapping[str, tuple[float, float, str]] = {
 #: head's queries and keys, of its values, of the cached latent vector, and of its part that holds the values.
 MLA_HEAD, MLA_VALUE, MLA_CACHED, MLA_LATENT = 192, 128, 576, 512
 
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 #: Upper edges of the base time's classes, s: intervals differ between them.
 TIME_CLASSES = (20e-6, 100e-6, 500e-6, np.inf)
 _TINY = 1e-12
 #: Seconds that starting a kernel costs at the least, beside its roofline.
 _START_S = 2e-6
+#: Output tiles whose waves over the SMs stand for what a GEMM reads again and again.
+_WAVE_TILES = ((128, 256), (128, 128))
+#: Parts that a kernel may cut the inner dimension into at the most.
+_MOST_SPLITS = 16.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +140,41 @@ def _tiles(rows: FloatArray, cols: FloatArray, units: float, a: int, b: int) -> 
     return [_log(waves), waves / np.ceil(waves), rows * cols / (blocks * a * b)]
 
 
+def _cached(
+    m: FloatArray, n: FloatArray, k: FloatArray, bytes_each: tuple[float, float], rates: Rates, cache: float
+) -> list[FloatArray]:
+    """How much of a GEMM's operands the L2 cache holds, and what is read from memory when it does not.
+
+    Each wave of tiles, as square as can be, reads its rows and columns anew; what fits into the cache is
+    read once.
+    """
+    weight, act = bytes_each
+    left, right = m * k * act, n * k * weight
+    once = left + right
+    roof = np.maximum(2.0 * m * n * k / rates.peak, (once + 2.0 * m * n) / rates.bandwidth)
+    rows = [_log(part / cache) for part in (left, right, np.minimum(left, right), once + 2.0 * m * n)]
+    for a, b in _WAVE_TILES:
+        down, across = np.ceil(m / a), np.ceil(n / b)
+        tall = np.clip(np.sqrt(rates.units * b / a), 1.0, down)
+        wide = np.clip(rates.units / tall, 1.0, across)
+        tall = np.clip(rates.units / wide, 1.0, down)
+        read = np.ceil(down / tall) * np.ceil(across / wide) * k * (tall * a * act + wide * b * weight)
+        fits = np.minimum(1.0, cache / np.maximum(np.minimum(left, right), 1.0))
+        mixed = np.maximum(once, read * (1.0 - fits) + once * fits)
+        rows += [_log(mixed / rates.bandwidth / roof), _log(read / rates.bandwidth / roof)]
+    return rows
+
+
+def _split(m: FloatArray, n: FloatArray, k: FloatArray, units: float) -> list[FloatArray]:
+    """How busy the SMs are when few tiles are cut along the inner dimension, and what is left of it."""
+    rows = []
+    for size in (64, 128):
+        blocks = np.ceil(m / size) * np.ceil(n / size)
+        parts = np.clip(np.floor(units / blocks), 1.0, _MOST_SPLITS)
+        rows += [_log(blocks * parts / units), _log(k / parts)]
+    return rows
+
+
 def _roof(
     work: FloatArray, moved: FloatArray, rates: Rates, base: FloatArray, cache_bytes: float
 ) -> list[FloatArray]:
@@ -165,14 +204,17 @@ def _gemm(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice
     m, n, k = raw.T
     weight, act, _ = FORMATS[dtype]
     form = gemm_time(fit.fit.values, m, n, k, 1, weight, act, rates)
+    narrowing = fit.fit.values.get("prepare", 0.0) * m * k / rates.bandwidth
     work, moved = _gemm_work(raw, dtype)
-    base = np.sqrt(form * (np.maximum(work / rates.peak, moved / rates.bandwidth) + _START_S))
+    roof = np.maximum(work / rates.peak, moved / rates.bandwidth)
+    base = np.sqrt((form - narrowing) * (roof + _START_S)) + narrowing
     rows = [_log(m), _log(n), _log(k), _log(n * k), _log(m * n), _log(m * k), _log(n / k)]
     rows += _roof(work, moved, rates, base, device.l2_bytes)
     rows += [_twos(m), _twos(n), _twos(k)]
     for a, b in ((64, 64), (64, 128), (128, 128), (128, 256), (256, 128)):
         rows += _tiles(m, n, rates.units, a, b)
-    return base, rows
+    rows += _cached(m, n, k, (weight, act), rates, device.l2_bytes)
+    return base, rows + _split(m, n, k, rates.units)
 
 
 def _attention_columns(raw: FloatArray) -> tuple[FloatArray, ...]:
