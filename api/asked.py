@@ -228,6 +228,7 @@ def studied_plan(
         return plan, {
             "model": asked["model"],
             "engine": asked.get("engine", {}),
+            **({"config": asked["config"]} if asked.get("config") else {}),
             "cluster": answer["request"]["cluster"],
         }
     raise LookupError("The fleet has no plan of this id.")

@@ -25,7 +25,6 @@ from api.middleware import BodyLimit
 from api.settings import Settings
 from costmodels import artifact_rows
 from web import assets, compare, planning, run_pages, studies, traces
-from web.jobs import Jobs
 from web.page import back_to, html, sent_fields, service_of
 from web.pages import CATALOG_KINDS, catalog_page, login_page, render
 from web.session import COOKIE, SessionGate, Sessions, safe_target, session_name
@@ -53,24 +52,22 @@ def create_app(
         if layer.cls is BodyLimit:  # the page that takes traces takes as much as the API does
             limits = {**layer.kwargs["limits"], "/traces": app.state.settings.max_upload_bytes}
             layer.kwargs["limits"] = limits
-    app.state.jobs = Jobs()
     app.state.desk = Desk("timeline", threads=1, waiting=8, retry_after_s=5)
     parts = (router, planning, run_pages, compare, studies, traces, assets)
     for part in parts:
         app.include_router(part if isinstance(part, APIRouter) else part.router)
-    _close_with(app, app.state.jobs)
+    _close_with(app)
     return app
 
 
-def _close_with(app: FastAPI, jobs: Jobs) -> None:
-    """End studies when the application ends."""
+def _close_with(app: FastAPI) -> None:
+    """End what simulates for pages when the application ends."""
     inner = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with inner(app) as state:
             yield state
-            jobs.close()
             app.state.desk.close()
 
     app.router.lifespan_context = lifespan

@@ -8,20 +8,20 @@ import io
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from markupsafe import Markup
 from starlette.responses import Response
 
 from api.desk import Desk
 from api.errors import ApiError
-from api.kinds import PLAN
+from api.kinds import FLEET, KINDS, PLAN, SWEEP, seconds_of
 from api.lifecycle import ENDS, Status
 from api.middleware import CONTENT_SECURITY_POLICY
 from api.runs import reproduction, view
@@ -35,20 +35,11 @@ from web.page import back_to, html, principal_of, runs_of, sent_fields
 from web.pages import render
 from web.plan_page import plan_page_view
 from web.run_view import result_page_view
+from web.study_view import study_command, study_rows, study_view
 from web.timeline import timeline
 from web.view import AXES, commands, plan_label, request_yaml
 
-
-async def _plans_only(request: Request) -> None:
-    """These pages show plan searches; stored fleets and sweeps are read through the API."""
-    run_id = request.path_params.get("run_id")
-    if run_id is not None:
-        run = await runs_of(request).get(run_id)
-        if run["kind"] != PLAN:
-            raise ApiError(404, f"This run is a {run['kind']}: /api/v1/runs/{run_id}/result has its answer.")
-
-
-router = APIRouter(include_in_schema=False, dependencies=[Depends(_plans_only)])
+router = APIRouter(include_in_schema=False)
 _PAGE = 25
 #: The chart becomes a picture in the page itself, and plotly.js probes the browser with one style attribute.
 _CHART_POLICY = (
@@ -57,12 +48,15 @@ _CHART_POLICY = (
 )
 #: Runs that a search by words looks through, newest first.
 _MOST_SEARCHED = 2_000
+#: The table of a run as a file.
+TABLES = {PLAN: "plans.csv", SWEEP: "points.csv", FLEET: "replicas.csv"}
+KIND_WORDS = {PLAN: "plan search", FLEET: "fleet", SWEEP: "sweep"}
 STATUS_WORDS = {
     "queued": "waiting",
     "running": "searching",
     "interrupted": "waiting again",
     "done": "done",
-    "infeasible": "no plan meets the targets",
+    "infeasible": "targets not met",
     "failed": "failed",
     "cancelled": "cancelled",
 }
@@ -98,7 +92,9 @@ def machines(request: Mapping[str, Any]) -> str:
 
 
 @router.get("/runs")
-async def run_list(request: Request, q: str = "", status: str = "", cursor: str = "") -> HTMLResponse:
+async def run_list(
+    request: Request, q: str = "", status: str = "", kind: str = "", cursor: str = ""
+) -> HTMLResponse:
     """Stored runs, newest first; `q` looks into label, notes, model, devices, engine and id."""
     runs = runs_of(request)
     before = None
@@ -108,7 +104,9 @@ async def run_list(request: Request, q: str = "", status: str = "", cursor: str 
         except ValueError:
             raise ApiError(400, "This address names no page of the list.") from None
     known = {str(s) for s in Status}
-    filters = Filters(status=(Status(status),) if status in known else (), kind=PLAN)
+    filters = Filters(
+        status=(Status(status),) if status in known else (), kind=kind if kind in KINDS else None
+    )
     words = q.lower().split()[:8]
     found: list[dict[str, Any]] = []
     at, looked = before, 0
@@ -122,7 +120,9 @@ async def run_list(request: Request, q: str = "", status: str = "", cursor: str 
     shown = found[:_PAGE]
     following = ""
     if len(found) > _PAGE:
-        following = "/runs?" + urlencode({"q": q, "status": status, "cursor": encode_cursor(shown[-1]["id"])})
+        following = "/runs?" + urlencode(
+            {"q": q, "status": status, "kind": kind, "cursor": encode_cursor(shown[-1]["id"])}
+        )
     return html(
         request,
         "runs.html",
@@ -130,6 +130,8 @@ async def run_list(request: Request, q: str = "", status: str = "", cursor: str 
         q=q,
         status=status,
         statuses=[("", "any state"), *STATUS_WORDS.items()],
+        kind=kind,
+        kinds=[("", "any kind"), *KIND_WORDS.items()],
         rows=[_row(run) for run in shown],
         following=following,
         first=not cursor,
@@ -147,6 +149,8 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
     best = summary.get("recommended") or {}
     return {
         "id": run["id"],
+        "kind": run["kind"],
+        "about": about(run["kind"], summary),
         "label": run["label"],
         "notes": run["notes"],
         "model": run["model"],
@@ -166,6 +170,19 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def about(kind: str, summary: Mapping[str, Any]) -> str:
+    """What a sweep or a fleet came to, in a few words."""
+    if not summary or kind == PLAN:
+        return ""
+    if kind == SWEEP:
+        n = summary["changes"]
+        words = f"{summary['vary']}, {count(summary['points'])} values: "
+        return words + ("one plan throughout" if n == 0 else f"the plan changes {n} time{'s' * (n > 1)}")
+    if summary["usd_per_hour"] is None:
+        return "the inventory cannot carry the demand"
+    return f"{count(summary['devices'])} devices, {quantity(summary['usd_per_hour'], 'USD/h')} at the peak"
+
+
 # --- one run ---------------------------------------------------------------------------------------
 
 
@@ -173,16 +190,25 @@ async def _facts(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
     """What every page of a run shows of it."""
     runs = runs_of(request)
     asked = json.loads(run["request"])
+    kind = run["kind"]
+    plain = asked["request"] if kind == SWEEP else asked
     shown = view(run)
     who = principal_of(request)
+    title = f"{run['model']} on {machines(plain)}"
     return {
         "id": run["id"],
+        "kind": kind,
+        "kind_words": KIND_WORDS[kind],
+        "clone": {PLAN: "/?from=", SWEEP: "/sweep?run=", FLEET: "/fleet?run="}[kind] + run["id"],
+        "table": TABLES[kind],
+        "command": "" if kind == PLAN else study_command(kind, asked),
         "label": run["label"],
         "notes": run["notes"],
         "version": run["version"],
-        "title": run["label"] or f"{asked['model']} on {machines(asked)}",
-        "model": asked["model"],
-        "machines": machines(asked),
+        "title": run["label"]
+        or {PLAN: title, SWEEP: f"{title}: sweep of {asked.get('vary')}", FLEET: f"Fleet of {title}"}[kind],
+        "model": run["model"] if kind == FLEET else plain["model"],
+        "machines": machines(plain),
         "engine": run["engine"],
         "status": run["status"],
         "words": STATUS_WORDS[run["status"]],
@@ -197,7 +223,7 @@ async def _facts(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
         "rerun_of": run["rerun_of"],
         "reproduction": await reproduction(runs, run),
         "versions": json.loads(run["versions"]),
-        "yaml": request_yaml(asked),
+        "yaml": request_yaml(plain),
         "may_change": who.may("planner") and (run["owner"] == who.id or who.may("admin")),
         "may_plan": who.may("planner"),
         "base": str(request.base_url).rstrip("/"),
@@ -215,11 +241,11 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
             incumbents = json.loads(event["data"])["plans"]
             steps.append((event["seq"], len(incumbents)))
     progress = json.loads(run["progress"]) if run["progress"] else None
-    objectives = json.loads(run["request"]).get("objectives", [])
-    budget_s = float(json.loads(run["request"])["search"]["budget_s"])
+    asked = json.loads(run["request"])
+    budget_s = seconds_of(run["kind"], asked)
     done = (progress["considered"] if progress else 0) / max(1, progress["space_size"] if progress else 1)
     spent = (progress["elapsed_s"] if progress else 0.0) / budget_s
-    x, y = _live_axes(objectives)
+    x, y = _live_axes(asked.get("objectives", []))
     points = [
         {
             "x": _of_incumbent(plan, x),
@@ -240,7 +266,8 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "progress": progress,
         "share": min(1.0, max(done, spent)) if progress else 0.0,
-        "counts": _counts(progress),
+        "note": progress.get("note", "") if progress else "",
+        "counts": _counts(progress, run["kind"]),
         "elapsed": quantity(progress["elapsed_s"], "s") if progress else "",
         "budget": quantity(budget_s, "s"),
         "chart": Markup(svg),
@@ -289,9 +316,11 @@ def _of_incumbent(plan: Mapping[str, Any], name: str) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _counts(progress: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+def _counts(progress: Mapping[str, Any] | None, kind: str) -> list[tuple[str, str, str]]:
     if progress is None:
         return []
+    if kind != PLAN:
+        return [("Simulated", count(progress["simulated"]), "under the whole traffic")]
     return [
         ("Considered", count(progress["considered"]), f"of {count(progress['space_size'])} in the space"),
         ("Pruned", count(progress["bounded"]), "proven not to matter"),
@@ -312,6 +341,9 @@ async def run_page(request: Request, run_id: str) -> HTMLResponse:
     found = await runs.read(runs.store.result, run_id)
     if found is None:
         return html(request, "run_ended.html", here="runs", run=facts)
+    if run["kind"] != PLAN:
+        study = await study_of(request, run, found[1])
+        return html(request, "run_study.html", here="runs", run=facts, s=study, kind=run["kind"])
     shown = await result_view_of(request, run_id, found[1])
     page = html(request, "run_result.html", here="runs", run=facts, r=shown, **_choice(request, shown))
     page.headers["Content-Security-Policy"] = f"{CONTENT_SECURITY_POLICY}; {_CHART_POLICY}"
@@ -368,6 +400,16 @@ async def result_view_of(request: Request, run_id: str, sha256: str) -> dict[str
     # The address differs by who asks, and is no part of what is kept.
     base = str(request.base_url).rstrip("/")
     return {**cell["view"], "commands": commands(result["request"], base)}
+
+
+async def study_of(request: Request, run: Mapping[str, Any], sha256: str) -> dict[str, Any]:
+    """What the page of a sweep or a fleet shows, made once."""
+    cell = _view_cache((run["id"], sha256))
+    if "view" not in cell:
+        result = await runs_of(request).plain_result(run["id"])
+        cell["view"] = await asyncio.to_thread(study_view, run["kind"], result)
+    kept: dict[str, Any] = cell["view"]
+    return kept
 
 
 @router.get("/runs/{run_id}/live")
@@ -455,37 +497,47 @@ async def annotate(request: Request, run_id: str) -> RedirectResponse:
 
 @router.get("/runs/{run_id}/files/{name}")
 async def download(request: Request, run_id: str, name: str) -> Response:
-    """A run as a file: `result.json`, `plans.csv`, `request.yaml`."""
-    run = await runs_of(request).get(run_id)
+    """A run as a file: `result.json`, `plans.csv` (`points.csv`, `replicas.csv`), `request.yaml`."""
+    runs = runs_of(request)
+    run = await runs.get(run_id)
+    kind = run["kind"]
     headers = {"Content-Disposition": f'attachment; filename="planfront-{run_id[:12]}-{name}"'}
     if name == "request.yaml":
-        text = request_yaml(json.loads(run["request"]))
+        asked = json.loads(run["request"])
+        text = request_yaml(asked["request"] if kind == SWEEP else asked)
         return Response(text, media_type="application/yaml", headers=headers)
-    result = await result_of(request, run_id)
+    if name not in ("result.json", TABLES[kind]):
+        raise ApiError(404, f"There are result.json, {TABLES[kind]} and request.yaml.")
+    result = await (result_of(request, run_id) if kind == PLAN else runs.plain_result(run_id))
     if name == "result.json":
         return Response(
             json.dumps(result, indent=1, allow_nan=False), media_type="application/json", headers=headers
         )
-    if name == "plans.csv":
-        text = await asyncio.to_thread(plans_csv, result)
-        return Response(text, media_type="text/csv; charset=utf-8", headers=headers)
-    raise ApiError(404, "There are result.json, plans.csv and request.yaml.")
+    rows = _plan_rows(result) if kind == PLAN else study_rows(kind, result)
+    text = await asyncio.to_thread(_csv, rows)
+    return Response(text, media_type="text/csv; charset=utf-8", headers=headers)
 
 
 def plans_csv(result: Mapping[str, Any]) -> str:
     """All simulated plans, one a line, in SI units, the header naming plan settings and metrics by path."""
-    rows = []
+    return _csv(_plan_rows(result))
+
+
+def _plan_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     front = set(result["front"])
     for entry in result["plans"]:
-        row: dict[str, Any] = {
+        yield {
             "id": entry["id"],
             "on_front": entry["id"] in front,
             "meets_slo": entry["meets_slo"],
+            "plan": entry["plan"],
+            **entry["metrics"],
+            "memory_bytes_per_device": entry["memory_bytes_per_device"],
         }
-        row |= _flat(entry["plan"], "plan")
-        row |= _flat(entry["metrics"], "")
-        row |= _flat(entry["memory_bytes_per_device"], "memory_bytes_per_device")
-        rows.append(row)
+
+
+def _csv(lines: Iterable[Mapping[str, Any]]) -> str:
+    rows = [_flat(line, "") for line in lines]
     names = list(dict.fromkeys(name for row in rows for name in row))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="")

@@ -1,38 +1,32 @@
-"""Pages of sweeps and fleets: asked by form, worked on while the page waits, shown as tables and charts."""
+"""Forms of sweeps and fleets: what is asked becomes a stored run; without a store, its answer is shown."""
 
 from __future__ import annotations
 
+import json
 import re
-import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
-from markupsafe import Markup
 from starlette.responses import Response
 
-from api.checks import NOWHERE, admit, admit_run
+from api.asked import admit_kind
+from api.checks import NOWHERE
+from api.desk import Desk
 from api.errors import ApiError, problems_of
-from api.runs import Runs
-from api.settings import Settings
+from api.kinds import FLEET, PLAN, SWEEP, answer
+from api.store import Filters
 from hardware import InputError
-from planner.fleet import parse_fleet, plan_fleet
-from planner.request import PlanningRequest
-from planner.sweep import sweep
-from web import charts
-from web.format import count, number, percent, quantity
 from web.forms import blank
-from web.jobs import Job, Jobs, Progress
-from web.page import back_to, html, runs_of, sent_fields, service_of, stored
-from web.view import plan_label, request_yaml
+from web.page import back_to, html, principal_of, runs_of, sent_fields, service_of, stored
+from web.run_pages import STATUS_WORDS, about, ago
+from web.study_view import study_view
+from web.view import request_yaml
 from web.yaml_text import read_yaml
 
 router = APIRouter(include_in_schema=False)
-_MOST_VALUES = 24
+_RECENT = 8
 SWEEP_VALUES = "0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1"
 FLEET_EXAMPLE = """\
 models:
@@ -57,29 +51,67 @@ search: {budget_s: 60}
 """
 
 
-def jobs_of(request: Request) -> Jobs:
-    """The studies of this application."""
-    found: Jobs = request.app.state.jobs
-    return found
+Problems = Sequence[tuple[str, str]]
 
 
-def _job(request: Request, kind: str, job_id: str) -> Job:
-    job = jobs_of(request).get(job_id)
-    if job is None or job.kind != kind:
-        raise ApiError(
-            404, f"This {kind} is not remembered any more: the service was started anew. Ask it again."
-        )
-    return job
+async def _recent(request: Request, kind: str) -> list[dict[str, Any]]:
+    """The newest stored runs of a kind."""
+    if not stored(request):
+        return []
+    found = await runs_of(request).page(Filters(kind=kind), None, _RECENT)
+    return [
+        {
+            "id": run["id"],
+            "label": run["label"] or run["model"],
+            "about": about(kind, json.loads(run["summary"]) if run["summary"] else {}),
+            "words": STATUS_WORDS[run["status"]],
+            "ago": ago(run["created_at"]),
+        }
+        for run in found
+    ]
 
 
-@router.post("/{kind}/{job_id}/cancel")
-async def cancel(request: Request, kind: str, job_id: str) -> Response:
-    """Ask for the end of a study."""
-    if kind not in ("sweep", "fleet"):
-        raise ApiError(404, "Nothing is served at this address.")
-    await sent_fields(request)
-    _job(request, kind, job_id).stop.set()
-    return back_to(f"/{kind}/{job_id}")
+async def _start(request: Request, kind: str, body: dict[str, Any]) -> Response | Problems:
+    """The way to the run (or, without a store, the answer), or what is wrong with what was asked."""
+    try:
+        if stored(request):
+            run, _ = await runs_of(request).submit(body, principal_of(request), None, kind)
+            return back_to(f"/runs/{run['id']}")
+        asked = admit_kind(kind, body, service_of(request).settings)
+        desk: Desk = request.app.state.desk
+        found = await desk.run(lambda: _answer(kind, asked.request))
+        return html(request, "study.html", here=kind, kind=kind, s=study_view(kind, found))
+    except InputError as error:
+        return problems_of(error)
+    except ApiError as error:
+        if error.status != 422:
+            raise
+        return error.errors
+
+
+def _answer(kind: str, asked: dict[str, Any]) -> dict[str, Any]:
+    from planner import Planner
+    from planner.search import Support
+
+    def nobody(_: Any) -> None:
+        pass
+
+    planner = Planner(allow_paths=False, base_dir=NOWHERE)
+    return answer(
+        kind, planner, asked, progress=nobody, note=nobody, cancelled=lambda: False, support=Support()
+    )
+
+
+def _told(path: str, words: str) -> str:
+    return f"{path}: {words}" if path else words
+
+
+async def _taken(request: Request, run_id: str, kinds: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """(kind, request) of a stored run whose request a form takes over."""
+    run = await runs_of(request).get(run_id)
+    if run["kind"] not in kinds:
+        raise ApiError(404, f"This run is a {run['kind']}: it is cloned on its own page.")
+    return run["kind"], json.loads(run["request"])
 
 
 # --- sweeps ----------------------------------------------------------------------------------------
@@ -87,50 +119,50 @@ async def cancel(request: Request, kind: str, job_id: str) -> Response:
 
 @router.get("/sweep")
 async def sweep_form(request: Request, run: str = "") -> HTMLResponse:
-    """The form; `?run=` takes a stored run's request."""
-    text = blank().text
+    """The form; `?run=` takes the request of a stored plan search, or of a sweep with its values."""
+    fields = {"yaml": blank().text, "vary": "slo.ttft_s.p95", "values": SWEEP_VALUES}
     if run:
-        text = request_yaml(read_yaml((await runs_of(request).get(run))["request"]))
-    fields = {"yaml": text, "vary": "slo.ttft_s.p95", "values": SWEEP_VALUES}
+        kind, asked = await _taken(request, run, (PLAN, SWEEP))
+        if kind == SWEEP:
+            fields |= {"vary": asked["vary"], "values": ", ".join(f"{value:g}" for value in asked["values"])}
+        fields["yaml"] = request_yaml(asked["request"] if kind == SWEEP else asked)
     return await _sweep_page(request, fields, {})
 
 
 async def _sweep_page(
     request: Request, fields: Mapping[str, str], errors: Mapping[str, list[str]], status: int = 200
 ) -> HTMLResponse:
-    return html(
-        request,
-        "sweep_form.html",
-        status,
-        here="sweep",
-        f=fields,
-        errors=errors,
-        recent=jobs_of(request).recent("sweep"),
-    )
+    recent = await _recent(request, SWEEP)
+    return html(request, "sweep_form.html", status, here="sweep", f=fields, errors=errors, recent=recent)
 
 
 @router.post("/sweep")
 async def start_sweep(request: Request) -> Response:
-    """Begin a sweep, or tell what is wrong beside the fields."""
+    """Ask for a sweep, or tell what is wrong beside the fields."""
     fields = await sent_fields(request)
     asked = {name: fields.get(name, "").strip() for name in ("yaml", "vary", "values")}
     errors: dict[str, list[str]] = {}
-    values = _values(asked["values"], errors)
-    data, settings = None, service_of(request).settings
+    body: dict[str, Any] = {"vary": asked["vary"], "values": _values(asked["values"], errors)}
     try:
-        data = admit_run(read_yaml(asked["yaml"]), settings)
+        body["request"] = read_yaml(asked["yaml"])
     except InputError as error:
-        errors["yaml"] = [f"{path}: {text}" if path else text for path, text in problems_of(error)]
+        errors["yaml"] = [_told(error.path, error.message)]
     if not asked["vary"]:
         errors["vary"] = ["name a field of the request, such as slo.ttft_s.p95, or rate"]
-    if errors or data is None:
+    if errors:
+        # What is wrong with the request itself is told with the rest.
+        if "yaml" not in errors:
+            found = await service_of(request).problems(body["request"])
+            errors |= {"yaml": [_told(*pair) for pair in found]} if found else {}
         return await _sweep_page(request, asked, errors, 422)
-    capped = _capped(data, settings)
-    runs = runs_of(request) if stored(request) else None
-    job = jobs_of(request).start(
-        "sweep", asked, lambda report: _sweep(capped, asked["vary"], values, runs, report)
-    )
-    return back_to(f"/sweep/{job.id}")
+    answered = await _start(request, SWEEP, body)
+    if isinstance(answered, Response):
+        return answered
+    for path, words in answered:
+        field = next((name for name in ("vary", "values") if path.startswith(name)), "yaml")
+        text = _told(path.removeprefix("request").strip("."), words) if field == "yaml" else words
+        errors.setdefault(field, []).append(text)
+    return await _sweep_page(request, asked, errors, 422)
 
 
 def _values(text: str, errors: dict[str, list[str]]) -> list[float]:
@@ -138,247 +170,40 @@ def _values(text: str, errors: dict[str, list[str]]) -> list[float]:
     try:
         found = [float(part) for part in parts]
     except ValueError:
+        found = []
+    if not found:
         errors["values"] = ["must be numbers with commas between, such as 0.2, 0.5, 1"]
-        return []
-    if not 1 <= len(found) <= _MOST_VALUES or not all(abs(value) < 1e12 for value in found):
-        errors["values"] = [f"give 1 to {_MOST_VALUES} numbers, not {len(found)}"]
     return found
-
-
-def _capped(request: PlanningRequest, settings: Settings) -> PlanningRequest:
-    budget_s = min(request.search.budget_s, settings.max_budget_s)
-    return request.model_copy(update={"search": request.search.model_copy(update={"budget_s": budget_s})})
-
-
-def _sweep(
-    request: PlanningRequest, vary: str, values: list[float], runs: Runs | None, report: Progress
-) -> dict[str, Any]:
-    """A sweep in this thread, with a planner that knows uploaded traces."""
-    from api.kinds import UPLOAD_PREFIX
-    from api.solver import make_planner
-
-    planner = make_planner()
-    planner.uploads = {}
-    with ExitStack() as stack:
-        trace = request.workload.trace
-        if trace is not None and runs is not None and trace.path.startswith(UPLOAD_PREFIX):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="planfront-")))
-            upload_id = trace.path.removeprefix(UPLOAD_PREFIX)
-            if runs.store.upload(upload_id) is None:
-                raise InputError("workload.trace.path", "there is no upload of this id")
-            with (folder / "trace").open("wb") as target:
-                for piece in runs.store.upload_content(upload_id):
-                    target.write(piece)
-            planner.uploads = {upload_id: str(folder / "trace")}
-        report(f"Simulating for {len(values)} values of {vary}")
-        return sweep(request, vary, values, planner=planner, progress=report)
-
-
-@router.get("/sweep/{job_id}")
-async def sweep_answer(request: Request, job_id: str) -> HTMLResponse:
-    """A sweep: how far it is, or what it found."""
-    job = _job(request, "sweep", job_id)
-    view = _sweep_view(job.answer) if job.status == "done" else None
-    return html(request, "sweep.html", here="sweep", job=job, s=view, kind="sweep")
-
-
-def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
-    points = answer["points"]
-    vary = answer["vary"]
-    unit = "s" if vary.startswith("slo.") else "USD/h" if vary.startswith("prices.") else ""
-    rows, before = [], None
-    for point in points:
-        metrics = point.get("metrics") or {}
-        rows.append(
-            {
-                "value": quantity(point["value"], unit) if unit else number(point["value"], 4),
-                "ok": point["status"] == "ok",
-                "label": plan_label(point["plan"]) if point.get("plan") else "no plan can run",
-                "plan_id": point["plan_id"],
-                "changed": before is not None and before != point["plan_id"],
-                "front": count(point.get("front")),
-                "devices": count(metrics.get("devices")),
-                "cost": quantity(metrics.get("usd_per_million_output_tokens"), "USD/Mtok"),
-                "ttft": quantity((metrics.get("ttft_s") or {}).get("p95"), "s"),
-                "tpot": quantity((metrics.get("tpot_s") or {}).get("p95"), "s"),
-                "throughput": quantity(metrics.get("output_tokens_per_s"), "tok/s"),
-                "reason": point.get("reason", ""),
-            }
-        )
-        before = point["plan_id"]
-    drawn = []
-    for name, words, chart_unit, path in (
-        ("cost", "Cost per million output tokens", "USD/Mtok", ("usd_per_million_output_tokens",)),
-        ("tpot", "TPOT p95 of the recommended plan", "s", ("tpot_s", "p95")),
-        ("ttft", "TTFT p95 of the recommended plan", "s", ("ttft_s", "p95")),
-        ("devices", "Devices", "", ("devices",)),
-    ):
-        series = []
-        for point in points:
-            value: Any = point.get("metrics") or {}
-            for part in path:
-                value = (value or {}).get(part)
-            series.append({"x": point["value"], "y": value, "ok": point["status"] == "ok",
-                           "label": point["plan_id"]})  # fmt: skip
-        svg = charts.line(
-            series,
-            x={"label": vary, "unit": unit},
-            y={"label": words, "unit": chart_unit},
-            title=f"{words} over {vary}",
-            description=f"{len(series)} values; the table has the numbers.",
-            ident=f"sweep-{name}",
-        )
-        if svg:
-            drawn.append({"title": words, "chart": Markup(svg)})
-    return {
-        "vary": vary,
-        "rows": rows,
-        "charts": drawn,
-        "changes": len(answer["changes"]),
-        "wall": quantity(answer["wall_s"], "s"),
-        "model": answer["request"]["model"],
-        "provenance": answer["provenance"],
-    }
 
 
 # --- fleets ----------------------------------------------------------------------------------------
 
 
 @router.get("/fleet")
-async def fleet_form(request: Request) -> HTMLResponse:
-    """The form, with an example that works."""
-    return _fleet_page(request, FLEET_EXAMPLE, [])
+async def fleet_form(request: Request, run: str = "") -> HTMLResponse:
+    """The form, with an example that works; `?run=` takes a stored fleet's request."""
+    text = FLEET_EXAMPLE
+    if run:
+        text = request_yaml((await _taken(request, run, (FLEET,)))[1])
+    return await _fleet_page(request, text, [])
 
 
-def _fleet_page(request: Request, text: str, errors: list[str], status: int = 200) -> HTMLResponse:
-    return html(
-        request,
-        "fleet_form.html",
-        status,
-        here="fleet",
-        text=text,
-        errors=errors,
-        recent=jobs_of(request).recent("fleet"),
-    )
+async def _fleet_page(request: Request, text: str, errors: Sequence[str], status: int = 200) -> HTMLResponse:
+    recent = await _recent(request, FLEET)
+    return html(request, "fleet_form.html", status, here="fleet", text=text, errors=errors, recent=recent)
 
 
 @router.post("/fleet")
 async def start_fleet(request: Request) -> Response:
-    """Begin the planning of a fleet, or tell what is wrong."""
-    fields = await sent_fields(request)
-    text = fields.get("yaml", "")
-    settings = service_of(request).settings
+    """Ask for a fleet, or tell what is wrong."""
+    text = (await sent_fields(request)).get("yaml", "")
     try:
-        asked = parse_fleet(read_yaml(text))
-        for index, model in enumerate(asked.models):
-            try:
-                admit(
-                    {
-                        "model": model.model,
-                        "engine": model.engine.model_dump(exclude_none=True),
-                        "cluster": asked.cluster.model_dump(exclude_none=True),
-                        "workload": model.workload.model_dump(exclude_none=True),
-                        "space": model.space.model_dump(exclude_none=True, mode="json"),
-                    },
-                    settings,
-                )
-            except InputError as error:
-                where = error.path if error.path.startswith("cluster") else f"models[{index}].{error.path}"
-                raise InputError(where, error.message, error.hint) from None
+        body = read_yaml(text)
+        if not isinstance(body, Mapping):
+            raise InputError("", "a fleet request is a mapping of fields")
     except InputError as error:
-        told = [f"{path}: {words}" if path else words for path, words in problems_of(error)]
-        return _fleet_page(request, text, told, 422)
-    budget_s = min(asked.search.budget_s, settings.max_budget_s)
-    capped = asked.model_copy(update={"search": asked.search.model_copy(update={"budget_s": budget_s})})
-
-    def work(report: Progress) -> dict[str, Any]:
-        from planner import Planner
-
-        return plan_fleet(capped, planner=Planner(allow_paths=False, base_dir=NOWHERE), progress=report)
-
-    job = jobs_of(request).start("fleet", {"yaml": text}, work)
-    return back_to(f"/fleet/{job.id}")
-
-
-@router.get("/fleet/{job_id}")
-async def fleet_answer(request: Request, job_id: str) -> HTMLResponse:
-    """A fleet: how far it is, or what it came to."""
-    job = _job(request, "fleet", job_id)
-    view = _fleet_view(job.answer) if job.status == "done" else None
-    return html(request, "fleet.html", here="fleet", job=job, f=view, kind="fleet")
-
-
-def _fleet_view(answer: Mapping[str, Any]) -> dict[str, Any]:
-    periods = []
-    for index, period in enumerate(answer["periods"]):
-        pools: list[dict[str, Any]] = []
-        for pool in period["pools"]:
-            used, total = pool["devices_used"], pool["devices"]
-            svg = charts.stacked_bar(
-                [
-                    {"label": "Used", "value": used, "css": "seg-0"},
-                    {"label": "Free", "value": total - used, "css": "seg-free"},
-                ],
-                unit="",
-                title=f"Pool {pool['name']}",
-                description=f"{used} of {total} devices are used.",
-                ident=f"pool-{index}-{len(pools)}",
-            )
-            pools.append(
-                {
-                    "name": pool["name"],
-                    "device": pool["device"],
-                    "devices": f"{count(used)} of {count(total)}",
-                    "nodes": f"{count(pool['nodes_used'])} of {count(pool['nodes_usable'])}",
-                    "share": percent(used / total) if total else "",
-                    "chart": Markup(svg),
-                }
-            )
-        periods.append(
-            {
-                "demand": f"{number(period['demand'])} × the demand",
-                "ok": period["status"] == "ok",
-                "cost": quantity(period["usd_per_hour"], "USD/h"),
-                "power": quantity(period["power_w"], "W"),
-                "certified": period["certified"],
-                "pools": pools,
-                "models": [
-                    {
-                        "name": row["model"],
-                        "demand": quantity(row["demand_rps"], "req/s"),
-                        "capacity": quantity(row["capacity_rps"], "req/s"),
-                        "use": percent(row["demand_rps"] / row["capacity_rps"])
-                        if row["capacity_rps"]
-                        else "–",
-                    }
-                    for row in period["models"]
-                ],
-                "rows": [
-                    {
-                        "model": row["model"],
-                        "pool": row["pool"],
-                        "label": plan_label(row["plan"]),
-                        "devices": count(row["devices"]),
-                        "rate": quantity(row["rate_rps_per_replica"], "req/s"),
-                        "cost": quantity(row["usd_per_hour"], "USD/h"),
-                        "ttft": quantity((row["metrics_at_rate"].get("ttft_s") or {}).get("p95"), "s"),
-                        "tpot": quantity((row["metrics_at_rate"].get("tpot_s") or {}).get("p95"), "s"),
-                        "yaml": yaml.safe_dump({"plan": row["plan"]}, sort_keys=False),
-                    }
-                    for row in period["assignments"]
-                ],
-            }
-        )
-    search = answer["search"]
-    return {
-        "ok": answer["status"] == "ok",
-        "objective": answer["objective"],
-        "per_day": quantity(answer["usd_per_day"], "USD/day") if answer["usd_per_day"] is not None else "",
-        "periods": periods,
-        "certified": search["certified"],
-        "columns": count(search["columns"]),
-        "simulated": count(search["simulated"]),
-        "wall": quantity(search["wall_s"], "s"),
-        "rejected": answer["rejected"][:12],
-        "provenance": answer["provenance"],
-    }
+        return await _fleet_page(request, text, [_told(error.path, error.message)], 422)
+    answered = await _start(request, FLEET, dict(body))
+    if isinstance(answered, Response):
+        return answered
+    return await _fleet_page(request, text, [_told(*pair) for pair in answered], 422)

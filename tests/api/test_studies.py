@@ -6,7 +6,6 @@ import copy
 import gzip
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +15,13 @@ from api.asked import Asked, admit_kind
 from api.kinds import uploads_of
 from api.settings import Settings
 from api.solver import Job, make_planner, solve
-from api.store import Store, open_store
+from api.store import Store
 from api.study_schemas import FLEET_EXAMPLE, MEASURED_EXAMPLE, FleetAnswer, SweepAnswer
 from planner import Planner
 from planner.fleet import plan_fleet
 from planner.sweep import sweep
 from tests.api.conftest import small_request
 from tests.api.serving import claim, service, work
-from web.app import create_app
 
 _MEMBER = {
     "workload": {"synthetic": {"preset": "chat", "requests": 40}},
@@ -287,17 +285,3 @@ def test_a_search_of_a_stored_run_knows_the_site(served: tuple[TestClient, Store
     assert [entry["metrics"] for entry in answer["plans"]] == [
         entry["metrics"] for entry in json.loads(json.dumps(expected))["plans"]
     ]
-
-
-def test_pages_show_plan_searches_alone(tmp_path: Path) -> None:
-    store = open_store(f"sqlite:///{tmp_path}/runs.db")
-    try:
-        with TestClient(create_app(settings=Settings(), store=store)) as client:
-            run = ask(client, "sweep", {**PLANNED, "run": {"label": "not-a-page"}})
-            work(store)
-            assert "not-a-page" not in client.get("/runs").text
-            answer = client.get(f"/runs/{run['id']}", headers={"accept": "text/html"})
-            assert answer.status_code == 404
-            assert f"/api/v1/runs/{run['id']}/result" in answer.text
-    finally:
-        store.close()

@@ -259,8 +259,12 @@ def test_sweeps_are_drawn(page: Any, address: str) -> None:
     page.fill("#yaml", SMALL)
     page.fill("#values", "0.02, 0.05, 1")
     page.click("button:has-text('Sweep')")
+    # Watched as any search is, and found again at its address.
     page.wait_for_selector(".charts svg", timeout=40_000)
+    assert "/runs/" in page.url
     assert page.locator("main table tbody tr").count() == 3
+    page.goto(f"{address}/runs?kind=sweep")
+    assert page.locator("table.runs tbody tr").count() >= 1
 
 
 def test_without_scripts_a_run_is_asked_and_read(browser: Any, address: str) -> None:

@@ -222,7 +222,7 @@ def test_a_waiting_run_is_cancelled(pages: TestClient) -> None:
     assert 'http-equiv="refresh"' in page
     assert pages.get(f"{where}/live").status_code == 200
     pages.post(f"{where}/cancel", data={"csrf": token(pages, where)})
-    assert "Cancelled before any plan" in checked(pages.get(where).text)
+    assert "Cancelled before anything" in checked(pages.get(where).text)
     assert pages.get(f"{where}/live").status_code == 205
 
 
@@ -284,13 +284,80 @@ def test_a_trace_is_sent_by_a_plain_form(pages: TestClient) -> None:
 
 
 def test_studies_are_checked_before_they_begin(pages: TestClient) -> None:
+    before = len(pages.get("/api/v1/runs").json()["runs"])
     sweep = {"csrf": token(pages, "/sweep"), "yaml": "model: llama-9", "vary": "", "values": "1, two"}
     page = checked(pages.post("/sweep", data=sweep).text)
     for name in ("yaml", "vary", "values"):
         assert f'id="{name}-error1"' in page
     fleet = {"csrf": token(pages, "/fleet"), "yaml": "models: []"}
     assert "yaml-error1" in checked(pages.post("/fleet", data=fleet).text)
-    assert pages.get("/sweep/0123").status_code == 404
+    # What is wrong with the request stands beside it, without the path of where it is sent.
+    page = checked(pages.post("/sweep", data={**sweep, "vary": "rate", "values": "1"}).text)
+    assert "yaml-error1" in page
+    assert "request.model" not in page
+    outside = {**sweep, "yaml": yaml.safe_dump(REQUEST), "vary": "slo.nothing", "values": "1"}
+    assert "unknown field" in checked(pages.post("/sweep", data=outside).text)
+    assert before == len(pages.get("/api/v1/runs").json()["runs"])
+
+
+def test_a_sweep_is_a_run_with_its_page(pages: TestClient, store: Store) -> None:
+    sent = {"csrf": token(pages, "/sweep"), "yaml": yaml.safe_dump(REQUEST), "vary": "rate", "values": "1, 2"}
+    where = pages.post("/sweep", data=sent, follow_redirects=False).headers["location"]
+    assert "sweep of rate" in checked(pages.get(where).text)
+    work(store)
+    page = checked(pages.get(where).text)
+    assert page.count("<svg") >= 3
+    assert "vllm serve" in page
+    assert "planfront sweep request.yaml --vary rate --values 1,2" in page
+    points = list(csv.DictReader(io.StringIO(pages.get(f"{where}/files/points.csv").text)))
+    assert [row["rate"] for row in points] == ["1.0", "2.0"]
+    assert parse_request(yaml.safe_load(pages.get(f"{where}/files/request.yaml").text)).model
+    assert len(pages.get(f"{where}/files/result.json").json()["points"]) == 2
+    assert pages.get(f"{where}/files/plans.csv").status_code == 404
+    assert pages.get(f"{where}/points").status_code == 404
+    # It can be labelled, found, cloned and run again, as every run can.
+    ident = where.rpartition("/")[2]
+    pages.post(f"{where}/notes", data={"csrf": sent["csrf"], "label": "two rates", "notes": ""})
+    listed = checked(pages.get("/runs?kind=sweep&q=two+rates").text)
+    assert f'href="{where}"' in listed
+    assert "2 values" in listed
+    assert f'value="{ident}"' not in listed  # nothing to compare
+    assert f'href="{where}"' not in pages.get("/runs?kind=fleet").text
+    assert "1, 2" in checked(pages.get(f"/sweep?run={ident}").text)
+    assert pages.get(f"/fleet?run={ident}").status_code == 404
+    again = pages.post(f"{where}/rerun", data={"csrf": sent["csrf"]}, follow_redirects=False)
+    work(store)
+    assert "bit for bit" in checked(pages.get(again.headers["location"]).text)
+
+
+def test_a_fleet_is_a_run_with_its_page(pages: TestClient, store: Store) -> None:
+    asked = {
+        "models": [
+            {
+                "name": "chat",
+                **{name: REQUEST[name] for name in ("model", "workload")},
+                "slo": {"ttft_s": {"p95": 1.0}},
+                "space": {"max_num_seqs": [64], "max_num_batched_tokens": [2048]},
+            }
+        ],
+        "cluster": REQUEST["cluster"],
+        "search": {"budget_s": 20},
+    }
+    sent = {"csrf": token(pages, "/fleet"), "yaml": yaml.safe_dump(asked)}
+    where = pages.post("/fleet", data=sent, follow_redirects=False).headers["location"]
+    assert "Fleet of" in checked(pages.get(where).text)
+    work(store)
+    page = checked(pages.get(where).text)
+    assert "certified optimum" in page
+    assert "vllm serve" in page
+    assert "chat" in pages.get(f"{where}/files/replicas.csv").text
+    ident = where.rpartition("/")[2]
+    assert "name: chat" in checked(pages.get(f"/fleet?run={ident}").text)
+    assert "at the peak" in checked(pages.get("/runs").text)
+    # One that ends before it begins keeps its page.
+    where = pages.post("/fleet", data=sent, follow_redirects=False).headers["location"]
+    pages.post(f"{where}/cancel", data={"csrf": sent["csrf"]})
+    assert "Cancelled before anything was found" in checked(pages.get(where).text)
 
 
 def test_what_would_have_to_give_is_told(missed: dict[str, Any]) -> None:
