@@ -306,6 +306,7 @@ def run_errors(table: pd.DataFrame) -> str:
                 rest = math.sqrt(max(0.0, end * end - kernels * kernels)) if end * kernels > 0 else abs(end)
                 ends.append(math.exp(math.copysign(rest, end)))
             text += f"  {name}_error = [{min(1.0, ends[0]):.2f}, {max(1.0, ends[1]):.2f}]"
+            text += f"  {name}_within = [{math.exp(inner.iloc[0]):.2f}, {math.exp(inner.iloc[1]):.2f}]"
         lines.append(text)
     return "\n".join(lines)
 

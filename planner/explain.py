@@ -5,6 +5,7 @@ All words come with numbers that the result itself holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -135,12 +136,14 @@ def robustness(
     evaluations: Sequence[Evaluation],
     objectives: Sequence[str],
     slo: Mapping[str, Mapping[str, float]],
+    plan_error: Mapping[str, tuple[float, float]] | None = None,
 ) -> Robustness:
     """Regret of every plan of a front whose `evaluations` have intervals.
 
     Scenarios: all machines as predicted, all at their fast end, all at their slow end, and, since errors
-    differ between shapes, each plan alone at its slow end while the others are as predicted. A plan's
-    distance is that of the knee: to the ideal point of the scenario's front, objectives scaled alike.
+    differ between shapes, each plan alone at its slow end while the others are as predicted; alone it errs
+    by no more than `plan_error`, as the rest of its interval is what all plans share. A plan's distance is
+    that of the knee: to the ideal point of the scenario's front, objectives scaled alike.
     """
     ends = [_ends(item, objectives) for item in evaluations]
     low, mid, high = (np.array([row[at] for row in ends]) for at in range(3))
@@ -156,14 +159,34 @@ def robustness(
     for values in (low, mid, high):
         found = distance(values)
         regret = np.maximum(regret, found - found.min())
+    slow = high
+    if plan_error is not None:
+        most = np.array([plan_error[_kind(OBJECTIVES[name].metric)][1] for name in objectives])
+        slow = np.minimum(high, mid + np.abs(mid) * (most - 1.0))
     for index in range(len(front)):
         alone = mid.copy()
-        alone[index] = high[index]
+        alone[index] = slow[index]
         found = distance(alone)
         regret[index] = max(regret[index], float(found[index] - found.min()))
     return Robustness(
         tuple(float(value) for value in regret), tuple(_risks(item, slo) for item in evaluations)
     )
+
+
+def too_close(plan_error: Mapping[str, tuple[float, float]], metric: str, one: float, two: float) -> bool:
+    """Whether predictions of two plans for one model and its machines do not tell which has more of a metric.
+
+    Each plan errs by itself within `plan_error` (90 %); their ratio, by both errors together.
+    """
+    if not (one > 0 and two > 0):
+        return one == two
+    low, high = plan_error[_kind(metric)]
+    return abs(math.log(one / two)) <= math.hypot(math.log(low), math.log(high))
+
+
+def _kind(metric: str) -> str:
+    """Whose error a metric's is: first tokens are predicted worse than all that hangs on steps."""
+    return "ttft" if metric == "ttft_s" else "tpot"
 
 
 def _ends(evaluation: Evaluation, objectives: Sequence[str]) -> tuple[list[float], list[float], list[float]]:

@@ -326,7 +326,11 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
     entries: list[PlanEntry] = []
     rows: list[Mapping[str, str]] = []
     shown = [evaluator.with_interval(item.evaluation) for item in front]
-    sure = robustness(front, shown, request.objectives, evaluator.slo) if meets else None
+    sure = (
+        robustness(front, shown, request.objectives, evaluator.slo, evaluator.engine.plan_error)
+        if meets
+        else None
+    )
     for place, item in enumerate([*front, *rest]):
         on_front = item.point.id in ids
         evaluation = shown[place] if on_front else item.evaluation

@@ -14,9 +14,10 @@ from markupsafe import Markup
 
 from api.errors import ApiError
 from hardware import InputError
+from planner.explain import too_close
 from planner.exports import export_plan
 from planner.objectives import OBJECTIVES
-from web import charts
+from web import charts, reasons
 from web.format import count, number, percent, quantity
 from web.page import html, runs_of
 from web.run_pages import machines, result_of
@@ -131,7 +132,7 @@ def _view(items: list[dict[str, Any]]) -> dict[str, Any]:
         "same_settings": _same([dict(plan_settings(item["entry"]["plan"])) for item in items]),
         "requests": _differences([_flat(item["asked"]) for item in items]) if several_runs else [],
         "diff": _manifest_diff(items),
-        "intervals": _overlaps(items),
+        "intervals": _too_close(items),
         "fronts": _fronts(items) if several_runs else [],
     }
 
@@ -239,11 +240,28 @@ def _fronts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return drawn
 
 
-def _overlaps(items: list[dict[str, Any]]) -> list[str]:
-    """Latencies in which the intervals of all overlap: no difference is predicted for sure."""
+def _too_close(items: list[dict[str, Any]]) -> list[str]:
+    """Latencies in which no difference is predicted for sure.
+
+    Plans of one model and engine on one kind of device share most of their error; others have their whole
+    intervals.
+    """
+    alike = len({_setting(item["asked"]) for item in items}) == 1
+    plan_error = reasons.plan_error_of(items[0]["asked"])
     found = []
     for metric, words in (("ttft_s", "TTFT p95"), ("tpot_s", "TPOT p95"), ("e2e_s", "end to end p95")):
+        values = [float((item["entry"]["metrics"].get(metric) or {}).get("p95") or 0.0) for item in items]
         pairs = [((item["entry"].get("interval") or {}).get(metric) or {}).get("p95") for item in items]
-        if all(pairs) and max(p[0] for p in pairs if p) <= min(p[1] for p in pairs if p):
+        if alike and all(values):
+            close = too_close(plan_error, metric, max(values), min(values))
+        else:
+            close = all(pairs) and max(p[0] for p in pairs if p) <= min(p[1] for p in pairs if p)
+        if close:
             found.append(words)
     return found
+
+
+def _setting(asked: Mapping[str, Any]) -> str:
+    """What plans must share for their errors to be alike."""
+    devices = sorted({str(pool.get("device") or pool.get("topology")) for pool in asked["cluster"]["pools"]})
+    return repr((asked["model"], asked.get("config"), (asked.get("engine") or {}).get("name"), devices))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from planner.engines import load_profile
+from planner.explain import too_close
 from planner.objectives import OBJECTIVES
 from web.format import number, percent, quantity
 from web.view import AXES, LATENCIES, objective_of, plan_label
@@ -18,6 +20,9 @@ _TIME_WORDS = {
     "host": "the host",
     "idle": "waiting for requests",
 }
+
+#: Objectives that are measured on real servers, with errors known; prices and memory follow from the plan.
+_MEASURED = ("latency", "ttft", "tpot", "throughput")
 
 
 def ratio_words(name: str, own: float, other: float) -> str:
@@ -36,6 +41,7 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
     entries = {other["id"]: other for other in result["plans"]}
     listed = [entries[ident] for ident in result["front"] if ident in entries and ident != entry["id"]]
     own = {name: objective_of(name, entry["metrics"]) for name in names}
+    plan_error = plan_error_of(result["request"])
 
     def distance(other: Mapping[str, Any]) -> float:
         total = 0.0
@@ -64,24 +70,31 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
                 "id": other["id"],
                 "label": plan_label(other["plan"]),
                 "cells": cells,
-                "noise": _within_noise(names, entry, other),
+                "noise": _within_noise(plan_error, names, entry, other),
             }
         )
     return rows
 
 
-def _within_noise(names: Sequence[str], one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
-    """Objectives whose intervals overlap: the prediction does not tell the two plans apart."""
+def _within_noise(
+    plan_error: Mapping[str, tuple[float, float]],
+    names: Sequence[str],
+    one: Mapping[str, Any],
+    two: Mapping[str, Any],
+) -> list[str]:
+    """Objectives in which the prediction does not tell the two plans apart."""
     found = []
     for name in names:
-        info = OBJECTIVES[name]
-        pairs = [
-            ((entry.get("interval") or {}).get(info.metric) or {}).get(info.statistic or "value")
-            for entry in (one, two)
-        ]
-        if pairs[0] and pairs[1] and pairs[0][0] <= pairs[1][1] and pairs[1][0] <= pairs[0][1]:
+        value, other = (objective_of(name, entry["metrics"]) for entry in (one, two))
+        if name in _MEASURED and too_close(plan_error, OBJECTIVES[name].metric, value, other):
             found.append(AXES[name])
     return found
+
+
+def plan_error_of(request: Mapping[str, Any]) -> Mapping[str, tuple[float, float]]:
+    """By how much plans of a request's engine err beside each other."""
+    engine = request.get("engine") or {}
+    return load_profile(engine.get("name", "vllm"), engine.get("version")).plan_error
 
 
 def limits(result: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:

@@ -70,6 +70,8 @@ class EngineProfile:
     request_per_token_s: float
     # Measured / predicted of whole runs, (5th, 95th percentile) by metric: what kernels' intervals leave out.
     run_error: Mapping[str, tuple[float, float]]
+    # The part of it that differs between plans of one model on one device.
+    plan_error: Mapping[str, tuple[float, float]]
     memory: MemoryConstants
     source: str
 
@@ -211,6 +213,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
         request_s=host["request_s"],
         request_per_token_s=host["request_per_token_s"],
         run_error=MappingProxyType({name: tuple(host[f"{name}_error"]) for name in ("tpot", "ttft")}),
+        plan_error=MappingProxyType({name: tuple(host[f"{name}_within"]) for name in ("tpot", "ttft")}),
         memory=MemoryConstants(**_document()["memory"]),
         source=item["source"],
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from planner.evaluate import Evaluation
-from planner.explain import relaxed_slos, robustness, trade_offs, variations
+from planner.explain import relaxed_slos, robustness, too_close, trade_offs, variations
 from planner.objectives import objective_vector, slo_misses
 from planner.pipeline import Planner
 from planner.search import Judged
@@ -61,6 +62,21 @@ def test_a_plan_with_a_wide_interval_has_regret() -> None:
     assert wild.risks == ((), ("e2e_s mean (6 s of 5 s)",), ())
     assert "misses e2e_s mean" in wild.words(1, ["a", "b", "c"])
     assert sure.words(1, ["a", "b", "c"]).startswith("robust")
+    # What all plans share of their error changes no order.
+    shared = {"tpot": (1 / 1.01, 1.01), "ttft": (1 / 1.01, 1.01)}
+    wide = [interval(item, 0.5, 2.0) for item in front]
+    assert robustness(front, wide, objectives, {}, shared).regret[1] < 0.02
+    assert robustness(front, wide, objectives, {}).regret[1] > 0.1
+
+
+def test_plans_that_differ_by_less_than_their_own_errors_are_too_close() -> None:
+    error = {"tpot": (0.8, 1.25), "ttft": (0.5, 2.0)}
+    both = math.hypot(math.log(1.25), math.log(1.25))
+    assert too_close(error, "tpot_s", 1.0, math.exp(both) - 1e-9)
+    assert not too_close(error, "tpot_s", math.exp(both) + 1e-9, 1.0)
+    assert too_close(error, "ttft_s", 1.0, 2.5)
+    assert too_close(error, "tpot_s", 0.0, 0.0)
+    assert not too_close(error, "tpot_s", 0.0, 1.0)
 
 
 def test_trade_offs_say_what_the_best_of_an_objective_costs() -> None:
