@@ -68,8 +68,8 @@ def gemm_time(
 
     One tiling costs waves x (work of one tile / rate of one SM); a tile of a x b reuses its
     operands less than a large one, hence the factor 1 + reuse (1/a + 1/b). Few thread blocks
-    cannot draw full bandwidth (`fill`: the share of SMs that must be busy for that). Activations that come
-    in 16 bits are scaled and narrowed first, by kernels of their own that move `prepare` bytes per element.
+    cannot draw full bandwidth (`fill`: the share of SMs that must be busy for that). What
+    narrowing the activations takes comes first (`narrowing_time`).
     """
     m, n, k, batch = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (m, n, k, batch)))
     shape = m.shape
@@ -88,11 +88,21 @@ def gemm_time(
     partial = np.where(splits > 1, splits * m * n * batch * 8.0 / (3.0 * rates.bandwidth) + c["split_s"], 0.0)
     time = smooth_max(compute, memory, c["overlap"]) + partial
     # Rows that are no multiple of 16 miss the aligned loads of narrow formats (CUTLASS fp8: +20 % to +90 %).
-    time = time + c.get("prepare", 0.0) * batch * m * k / rates.bandwidth
+    time = time + narrowing_time(c, batch * m, k, rates)
     time = time + c["odd"] * np.where(
         (m > 256) & (m % 16 > 0), n * k * batch * weight_bytes / rates.bandwidth, 0.0
     )
     return np.asarray(c["fixed_s"] + time.min(axis=1).reshape(shape), dtype=np.float64)
+
+
+def narrowing_time(c: Coefficients, m: Size, k: Size, rates: Rates) -> FloatArray:
+    """Scaling activations [m, k] and narrowing them from 16 bits, by kernels before a GEMM of narrow format.
+
+    They move `prepare` bytes per element; a thread block per row takes `row_s` of the device at the least.
+    """
+    m, k = np.asarray(m, dtype=np.float64), np.asarray(k, dtype=np.float64)
+    moved = c.get("prepare", 0.0) * m * k / rates.bandwidth
+    return np.asarray(np.maximum(moved, c.get("row_s", 0.0) * m), dtype=np.float64)
 
 
 def prefill_time(

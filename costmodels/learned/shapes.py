@@ -20,7 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from costmodels.fitted import Choice, choose
-from costmodels.kernels import Rates, decode_time, gemm_time, moe_time, prefill_time
+from costmodels.kernels import (
+    Rates,
+    decode_time,
+    gemm_time,
+    moe_time,
+    narrowing_time,
+    prefill_time,
+)
 from costmodels.ops import BYTES_PER_ELEMENT, FloatArray
 from costmodels.roofline import peak_flops_per_s
 from hardware.device import Device
@@ -204,7 +211,7 @@ def _gemm(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice
     m, n, k = raw.T
     weight, act, _ = FORMATS[dtype]
     form = gemm_time(fit.fit.values, m, n, k, 1, weight, act, rates)
-    narrowing = fit.fit.values.get("prepare", 0.0) * m * k / rates.bandwidth
+    narrowing = narrowing_time(fit.fit.values, m, k, rates)
     work, moved = _gemm_work(raw, dtype)
     roof = np.maximum(work / rates.peak, moved / rates.bandwidth)
     base = np.sqrt((form - narrowing) * (roof + _START_S)) + narrowing

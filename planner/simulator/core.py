@@ -246,6 +246,17 @@ def _take(s, nodes, need):  # type: ignore[no-untyped-def]
 
 
 @njit(**_OPTIONS)
+def _unknown(s, nodes):  # type: ignore[no-untyped-def]
+    """Free blocks that are allocated before any cached entry is forgotten."""
+    free = 0
+    node = s[QHEAD]
+    while node >= s[ENTRIES]:
+        free += nodes[node, REF]
+        node = nodes[node, QNEXT]
+    return free
+
+
+@njit(**_OPTIONS)
 def _register(s, wi, offset, ids, own, nodes, i, tokens):  # type: ignore[no-untyped-def]
     """Make the entries that the first `tokens` tokens of a request fill findable."""
     known = offset[i + 1] - offset[i]
@@ -505,6 +516,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
         s[EVENTS] += 1
 
         preempted = False
+        forgot = False
         grown = 0
         if mixed and s[N] > 0 and not reserve:
             need = residue[s[D] % bt]
@@ -627,6 +639,8 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                 preempted = True
                 need = residue[s[D] % bt]
             if need > 0:
+                # The queue was asked before this growth: who counted on what it takes may get in next step.
+                forgot = prefix and s[WAITING] > 0 and need > _unknown(s, nodes)
                 _take(s, nodes, need)
             grown = 1
         n = s[N] if (mixed or p == 0) else 0
@@ -736,7 +750,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                 step = t.dec_lat[n_slot] + t.moe_dec_lat[mb] + att
                 slope = att_slope
             # How many such steps may run at once.
-            if not preempted:
+            if not preempted and not forgot:
                 while wi[int(fheap[0, 1]), STATUS] != RUN or wi[int(fheap[0, 1]), FIN] != fheap[0, 0]:
                     s[FHEAP] = _pop(fheap, s[FHEAP])
                 k = int(fheap[0, 0]) - s[D]
@@ -751,11 +765,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                     if prefix and s[WAITING] > 0 and s[ACTIVE] < s[MAX_SEQS]:
                         # The queue's head may count on cached blocks; when growth takes them from it, it
                         # needs fewer free ones and may get in. So only up to the first cached entry.
-                        free = 0
-                        q = s[QHEAD]
-                        while q >= s[ENTRIES]:
-                            free += nodes[q, REF]
-                            q = nodes[q, QNEXT]
+                        free = _unknown(s, nodes)
                     if n * ((k - 1) // bt + 1) > free and _growth(residue, bt, s[D] + 1, k - 1, n) > free:
                         fit = (free // n) * bt
                         free -= (free // n) * n

@@ -29,8 +29,12 @@ def cases(draw: Any) -> tuple[Workload, dict[str, Any], SchedulerConfig]:
     gap = draw(st.sampled_from([0.0, 1e-3, 5e-3, 5e-2]))
     arrival = np.cumsum(rng.exponential(gap, n)) if gap else np.zeros(n)
     kwargs: dict[str, Any] = {}
+    request_s = draw(st.sampled_from([0.0, 0.0, 0.3]))
     if shape == "closed":
         kwargs["concurrency"] = draw(st.integers(1, 6))
+        if request_s:
+            # Equal prompts would end a step just when another arrives, and rounding decide who sees whom.
+            inputs = rng.permutation(n) + 1
     if shape == "turns":
         parent = np.array([-1 if i == 0 or rng.random() < 0.5 else i - 1 for i in range(n)])
         session = np.cumsum(parent < 0) - 1
@@ -61,7 +65,7 @@ def cases(draw: Any) -> tuple[Workload, dict[str, Any], SchedulerConfig]:
         attention_data=ranks,
         replicas=draw(st.integers(1, 3)),
         router=draw(st.sampled_from(["round_robin", "least_outstanding"])),
-        request_s=draw(st.sampled_from([0.0, 0.0, 0.3])),
+        request_s=request_s,
         request_per_token_s=draw(st.sampled_from([0.0, 0.0, 0.01])),
     )
     table = {
@@ -113,6 +117,26 @@ def test_growth_that_evicts_a_cached_prefix_lets_its_owner_in() -> None:
     config = SchedulerConfig(
         max_num_seqs=2, max_num_batched_tokens=8, kv_blocks=37, block_tokens=1, prefix_caching=True,
         chunked_prefill=False,
+    )  # fmt: skip
+    table = tables(sequences=24)
+    found, truth = simulate(work, table, config, **MACHINE), simulate_reference(work, table, config)
+    assert truth.preemptions > 1
+    assert found.preemptions == truth.preemptions
+    np.testing.assert_allclose(found.finish_s, truth.finish_s, rtol=1e-9)
+
+
+def test_growth_after_the_queue_was_asked_lets_its_head_in_next_step() -> None:
+    """As above where decodes only go on once no prompt can: what the growth evicts, admission saw cached."""
+    work = workload(
+        np.zeros(3),
+        [3, 19, 9],
+        [38, 32, 20],
+        block_tokens=8,
+        prefixes=[[80, 81], [40, 41, 42], []],
+    )
+    config = SchedulerConfig(
+        max_num_seqs=2, max_num_batched_tokens=8, kv_blocks=9, block_tokens=6, policy="prefill_first",
+        chunked_prefill=False, prefix_caching=True,
     )  # fmt: skip
     table = tables(sequences=24)
     found, truth = simulate(work, table, config, **MACHINE), simulate_reference(work, table, config)
