@@ -21,9 +21,9 @@ SEARCHERS: dict[str, Callable[[], Searcher]] = {
 
 #: What one simulated request, one simulated plan, one bounded plan and one new shape cost, s; measured on one
 #: core, rounded up. In large spaces about half of the plans fail the memory gate, which costs little.
-_REQUEST_S, _PLAN_S, _BOUND_S, _SHAPE_S = 2e-6, 1e-3, 8e-5, 1e-2
+_REQUEST_S, _PLAN_S, _BOUND_S, _SHAPE_S = 2e-6, 1e-3, 4e-5, 5e-3
 #: Share of the budget up to which bounds of all plans are worth their time.
-_BOUND_SHARE = 0.55
+_BOUND_SHARE = 0.65
 
 
 def choose_searcher(
