@@ -409,6 +409,16 @@ def test_a_key_opens_a_session_and_stays_on_the_server(tmp_path: Path) -> None:
             assert "content-security-policy" in reply.headers
             assert client.get("/runs").status_code == 200
             assert client.get("/api/v1/runs").status_code == 200
+            # A viewer looks at the forms, and starts nothing.
+            for path in ("/sweep", "/fleet"):
+                sent = {
+                    "csrf": token(client, path),
+                    "yaml": yaml.safe_dump(REQUEST),
+                    "vary": "rate",
+                    "values": "1",
+                }
+                assert client.post(path, data=sent).status_code == 403
+            assert store.waiting() == 0
             client.cookies.clear()
             from_mail = client.get("/runs?q=1", headers={"sec-fetch-site": "cross-site"})
             assert 'content="0; url=/runs?q=1"' in checked(from_mail.text)
