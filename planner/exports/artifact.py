@@ -6,21 +6,33 @@ plan it stands for. What a target cannot express is refused with the field's pat
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from hardware import InputError
 
+if TYPE_CHECKING:
+    from planner.models import ModelSpec
+
 ENGINE_TARGETS = ("vllm", "sglang", "trtllm")
 TARGETS = (*ENGINE_TARGETS, "kubernetes", "dynamo", "rayserve")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+#: What Kubernetes calls the devices of a vendor.
+_RESOURCES = {
+    "nvidia": "nvidia.com/gpu",
+    "amd": "amd.com/gpu",
+    "intel": "habana.ai/gaudi",
+    "google": "google.com/tpu",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +110,17 @@ def _table(engine: str) -> dict[str, Any]:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    """Release numbers, three at least: 0.24 is 0.24.0, and 1.3.0rc29 is 1.3.0."""
+    found = re.match(r"v?(\d+(?:\.\d+)*)", version)
+    numbers = [int(part) for part in found[1].split(".")] if found else []
+    return tuple(numbers + [0] * (3 - len(numbers)))
+
+
+def _image(table: Mapping[str, Any], version: str) -> str:
+    """The engine's published image: its tags have three numbers and what follows them."""
+    suffix = re.sub(r"^v?\d+(\.\d+)*", "", version)
+    tag = ".".join(map(str, _number(version))) + suffix
+    return str(table["image"]).format(version=table.get("tags", {}).get(tag, tag))
 
 
 def export_result(result: Mapping[str, Any], plan_id: str, target: str) -> Artifact:
@@ -157,9 +179,7 @@ def _launch(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) ->
     device = load_catalog().device(pool["device"]) if pool.get("device") else None
     devices = degrees["tensor"] * degrees["pipeline"] * degrees["attention_data"]
     spec = load_model(request["model"])
-    model = spec.hugging_face_ids[0] if spec.hugging_face_ids else request["model"]
-    if "/" in request["model"] and request["model"].split("/")[-1].lower() != spec.name:
-        model = request["model"]
+    model, own = _checkpoint(request["model"], spec)
     launch = _Launch(
         engine, version, model, [], plan["replicas"], devices, int(pool.get("devices_per_node") or devices),
         device.vendor if device else "nvidia",
@@ -168,9 +188,9 @@ def _launch(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) ->
         **_flat(worker),
         "stage_devices": degrees["tensor"] * degrees["attention_data"],
         "worker_seqs": batching["max_num_seqs"] * degrees["attention_data"],
+        "worker_tokens": batching["max_num_batched_tokens"] * degrees["attention_data"],
     }
     _check_experts(launch, degrees)
-    own = spec.quantization.weights
     for option in table["options"]:
         flag = _flag(option, values, version, own, launch)
         if flag is not None:
@@ -182,7 +202,23 @@ def _launch(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) ->
         launch.config_sources = {
             place: source for place, source in _TRTLLM_SOURCES.items() if _stands(launch.config, place)
         }
+    _check_cache(launch, worker["quantization"]["kv_cache"])
     return launch
+
+
+def _checkpoint(asked: str, spec: ModelSpec) -> tuple[str, str]:
+    """(what the engine loads, the format of its weights) for a model as the request names it."""
+    ids = spec.hugging_face_ids
+    for found in ids:
+        if asked.lower() in (found.lower(), found.lower().split("/")[-1]):
+            return found, spec.quantization.weights
+    if "/" in asked or not ids:
+        # An id of someone's own, or a folder: engines want that of a config.json.
+        return asked.removesuffix("/config.json"), spec.quantization.weights
+    from planner.models import load_model
+
+    # A name of the catalog stands for the first checkpoint, whatever formats a variant of it has.
+    return ids[0], load_model(spec.name).quantization.weights
 
 
 def _knows(row: Mapping[str, Any], version: str) -> bool:
@@ -250,7 +286,7 @@ def _formats(launch: _Launch, formats: Mapping[str, str], own: str) -> None:
     weights = formats["weights"]
     if weights in _DTYPES and launch.engine in ("vllm", "sglang"):
         launch.flags.append(_Flag("--dtype", _DTYPES[weights], "quantization.weights"))
-    if weights not in (own, "fp8", *_DTYPES):
+    if weights != own and (weights not in ("fp8", *_DTYPES) or (weights in _DTYPES and own not in _DTYPES)):
         launch.notes.append(
             f"The plan serves {weights} weights: name a checkpoint of {launch.model} in {weights}."
         )
@@ -259,6 +295,17 @@ def _formats(launch: _Launch, formats: Mapping[str, str], own: str) -> None:
             "quantized when they are loaded" if launch.engine != "trtllm" else "taken from an fp8 checkpoint"
         )
         launch.notes.append(f"Weights are {how}; a published fp8 checkpoint keeps calibrated scales.")
+
+
+def _check_cache(launch: _Launch, kv_cache: str) -> None:
+    """A cache that no option was found for would silently be kept in 16 bits."""
+    said = any(flag.source == "quantization.kv_cache" for flag in launch.flags)
+    if kv_cache in _DTYPES or said or "dtype" in launch.config.get("kv_cache_config", {}):
+        return
+    raise InputError(
+        "plan.worker.quantization.kv_cache",
+        f"no option of {launch.engine} {launch.version} is known that keeps the cache in {kv_cache}",
+    )
 
 
 #: The plan's field behind each entry of TensorRT-LLM's YAML.
@@ -345,7 +392,6 @@ def _kubernetes(launch: _Launch) -> Artifact:
     table = _table(launch.engine)
     name = _name(launch)
     labels = {"app.kubernetes.io/name": name}
-    resource = "amd.com/gpu" if launch.vendor == "amd" else "nvidia.com/gpu"
     arguments = launch.arguments
     if launch.config:
         arguments = [("/etc/planfront/config.yaml" if word == "config.yaml" else word) for word in arguments]
@@ -367,7 +413,7 @@ def _kubernetes(launch: _Launch) -> Artifact:
     probe = {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 10}
     container = {
         "name": "engine",
-        "image": table["image"].format(version=launch.version),
+        "image": _image(table, launch.version),
         "command": arguments[:1],
         "args": [*arguments[1:], *bind[launch.engine], "--port", str(table["port"])],
         "ports": [{"name": "http", "containerPort": table["port"]}],
@@ -377,7 +423,7 @@ def _kubernetes(launch: _Launch) -> Artifact:
                 "valueFrom": {"secretKeyRef": {"name": "hugging-face", "key": "token", "optional": True}},
             }
         ],
-        "resources": {"limits": {resource: launch.devices}},
+        "resources": {"limits": {_RESOURCES[launch.vendor]: launch.devices}},
         "startupProbe": {**probe, "failureThreshold": 180},
         "readinessProbe": probe,
         "volumeMounts": mounts,
@@ -393,7 +439,10 @@ def _kubernetes(launch: _Launch) -> Artifact:
                 "template": {
                     "metadata": {
                         "labels": labels,
-                        "annotations": {f"planfront/{f.name.lstrip('-')}": f.source for f in launch.flags},
+                        "annotations": {
+                            f"planfront/{f.name.lstrip('-').partition('=')[0]}": f.source
+                            for f in launch.flags
+                        },
                     },
                     "spec": {"containers": [container], "volumes": volumes},
                 },
@@ -407,17 +456,22 @@ def _kubernetes(launch: _Launch) -> Artifact:
         },
     ]
     text = _yaml(documents)
-    notes = (*launch.notes, "A gated model needs the secret `hugging-face` with the key `token`.")
-    return Artifact("kubernetes", {"deployment.yaml": text}, notes)
+    notes = [*launch.notes, "A gated model needs the secret `hugging-face` with the key `token`."]
+    if launch.vendor != "nvidia":
+        notes.append(f"The image is built for NVIDIA devices: name one of {launch.engine} for this device.")
+    return Artifact("kubernetes", {"deployment.yaml": text}, tuple(notes))
 
 
 def _dynamo(launch: _Launch) -> Artifact:
     if launch.devices > launch.devices_per_node:
         raise InputError("plan.worker.parallelism", "workers that span nodes are not exported to Dynamo yet")
-    arguments = launch.arguments
-    start = len(_table(launch.engine)["command"])
-    module = {"vllm": "dynamo.vllm", "sglang": "dynamo.sglang", "trtllm": "dynamo.trtllm"}[launch.engine]
-    flag = {"vllm": "--model", "sglang": "--model-path", "trtllm": "--model-path"}[launch.engine]
+    names = _tables()["dynamo"][launch.engine]
+    arguments = [names["model"], launch.model]
+    for flag in launch.flags:
+        name = names.get("options", {}).get(flag.name, flag.name)
+        arguments += [name, flag.value] if flag.value else [name]
+    if launch.config:
+        arguments += [names["config"], json.dumps(launch.config)]
     graph = {
         "apiVersion": "nvidia.com/v1beta1",
         "kind": "DynamoGraphDeployment",
@@ -434,9 +488,9 @@ def _dynamo(launch: _Launch) -> Artifact:
                             "containers": [
                                 {
                                     "name": "main",
-                                    "command": ["python3", "-m", module],
-                                    "args": [flag, *arguments[start:]],
-                                    "resources": {"limits": {"nvidia.com/gpu": launch.devices}},
+                                    "command": ["python3", "-m", names["module"]],
+                                    "args": arguments,
+                                    "resources": {"limits": {_RESOURCES[launch.vendor]: launch.devices}},
                                 }
                             ]
                         }
@@ -445,11 +499,8 @@ def _dynamo(launch: _Launch) -> Artifact:
             ]
         },
     }
-    files = {"graph.yaml": _yaml([graph])}
-    if launch.config:
-        files["config.yaml"] = launch.config_text()
     notes = (*launch.notes, "Set the image of both components to a Dynamo release with this engine version.")
-    return Artifact("dynamo", files, notes)
+    return Artifact("dynamo", {"graph.yaml": _yaml([graph])}, notes)
 
 
 def _rayserve(launch: _Launch) -> Artifact:
@@ -488,5 +539,9 @@ def _rayserve(launch: _Launch) -> Artifact:
 
 
 def _name(launch: _Launch) -> str:
-    text = launch.model.split("/")[-1].lower()
-    return "".join(c if c.isalnum() else "-" for c in text).strip("-")[:50]
+    """A DNS label, as Kubernetes wants: from a letter to a letter or digit."""
+    text = launch.model.rstrip("/").split("/")[-1].lower()
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in text).strip("-")
+    if not label[:1].isalpha():
+        label = f"model-{label}"
+    return label[:50].rstrip("-")

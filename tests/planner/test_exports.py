@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 from typing import Any
 
@@ -31,11 +33,13 @@ def plan(**changes: Any) -> dict[str, Any]:
     return {"serving": "aggregated", "replicas": 2, "worker": worker}
 
 
-def request(engine: str, version: str | None = None, model: str = "llama-3.1-70b") -> dict[str, Any]:
+def request(
+    engine: str, version: str | None = None, model: str = "llama-3.1-70b", device: str = "h100-sxm-80gb"
+) -> dict[str, Any]:
     return {
         "model": model,
         "engine": {"name": engine, **({"version": version} if version else {})},
-        "cluster": {"pools": [{"name": "main", "device": "h100-sxm-80gb", "devices_per_node": 8}]},
+        "cluster": {"pools": [{"name": "main", "device": device, "devices_per_node": 8}]},
     }
 
 
@@ -87,6 +91,59 @@ def test_sglang_counts_all_devices_of_a_stage_and_renamed_an_option() -> None:
     assert "--quantization" not in new
 
 
+@pytest.mark.parametrize("version", ["0.5.14", "0.5.23"])
+def test_sglang_divides_the_chunk_among_ranks_so_it_is_given_for_all(version: str) -> None:
+    mixture = plan(parallelism={"tensor": 2, "attention_data": 4, "expert": 8})
+    text = export_plan(mixture, request("sglang", version, "deepseek-v3"), "sglang").files["run.sh"]
+    found = options(text)
+    assert found["--chunked-prefill-size"] == str(4 * 8192)
+    assert found["--max-prefill-tokens"] == "8192"
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "image"),
+    [
+        ("vllm", "0.24", "vllm/vllm-openai:v0.24.0"),
+        ("vllm", "v0.24", "vllm/vllm-openai:v0.24.0"),
+        ("vllm", "0.8", "vllm/vllm-openai:v0.8.0"),
+        ("sglang", "0.4", "lmsysorg/sglang:v0.4.0"),
+        ("sglang", "0.5.9.post1", "lmsysorg/sglang:v0.5.9.post1"),
+        ("trtllm", "1.3.0rc20", "nvcr.io/nvidia/tensorrt-llm/release:1.3.0rc20"),
+    ],
+)
+def test_versions_are_read_as_the_planner_reads_them(engine: str, version: str, image: str) -> None:
+    text = export_plan(plan(), request(engine, version), "kubernetes").files["deployment.yaml"]
+    deployment = next(d for d in yaml.safe_load_all(text) if d["kind"] == "Deployment")
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == image
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded", "note"),
+    [
+        ("Llama-3.1-70B-Instruct", "meta-llama/Llama-3.1-70B-Instruct", "quantized when"),
+        ("meta-llama/llama-3.1-70b-instruct", "meta-llama/Llama-3.1-70B-Instruct", "quantized when"),
+        ("someone/Llama-3.1-70B", "someone/Llama-3.1-70B", "quantized when"),
+        ("nvidia/Llama-3.1-70B-Instruct-FP8", "nvidia/Llama-3.1-70B-Instruct-FP8", ""),
+        # A variant's name without its organisation names no checkpoint: the catalog's is quantized.
+        ("llama-3.1-70b-fp8", "meta-llama/Llama-3.1-70B", "quantized when"),
+    ],
+)
+def test_the_checkpoint_is_the_one_asked_for(asked: str, loaded: str, note: str) -> None:
+    artifact = export_plan(plan(), request("vllm", model=asked), "vllm")
+    assert words(artifact.files["run.sh"])[2] == loaded
+    assert ("--quantization" in options(artifact.files["run.sh"])) == bool(note)
+    assert any(note in text for text in artifact.notes)
+
+
+def test_another_format_than_the_checkpoints_is_told() -> None:
+    wide = plan(quantization={"weights": "bf16", "activations": "bf16", "kv_cache": "bf16"})
+    notes = export_plan(wide, request("vllm", model="deepseek-v3"), "vllm").notes
+    assert any("name a checkpoint of deepseek-ai/DeepSeek-V3 in bf16" in note for note in notes)
+    narrow = plan(quantization={"weights": "int4", "activations": "bf16", "kv_cache": "bf16"})
+    notes = export_plan(narrow, request("vllm", model="llama-3.1-70b-awq"), "vllm").notes
+    assert any("in int4" in note for note in notes)
+
+
 def test_trtllm_keeps_its_cache_settings_in_yaml() -> None:
     artifact = export_plan(plan(prefix_caching=True), request("trtllm"), "trtllm")
     config = yaml.safe_load(artifact.files["config.yaml"])
@@ -123,6 +180,53 @@ def test_kubernetes(engine: str) -> None:
         assert "ConfigMap" in kinds
 
 
+@pytest.mark.parametrize(
+    ("device", "resource"),
+    [("mi300x-192gb", "amd.com/gpu"), ("gaudi3-128gb", "habana.ai/gaudi"), ("tpu-v6e", "google.com/tpu")],
+)
+def test_kubernetes_asks_for_the_vendors_devices(device: str, resource: str) -> None:
+    artifact = export_plan(plan(), request("vllm", device=device), "kubernetes")
+    deployment = next(yaml.safe_load_all(artifact.files["deployment.yaml"]))
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {resource: 4}
+    assert any("image" in note for note in artifact.notes)
+
+
+@pytest.mark.parametrize(
+    "model", ["someone/70B_model", "someone/" + "long-" * 20, "someone/模型-llama-3.1-70b", "llama-3.1-70b"]
+)
+def test_names_and_annotations_are_what_kubernetes_takes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from planner import models
+
+    found = models.load_model("llama-3.1-70b")
+    monkeypatch.setattr(models, "load_model", lambda name: found)
+    bare = plan(batching={"cuda_graphs": False})
+    text = export_plan(bare, request("sglang", model=model), "kubernetes").files["deployment.yaml"]
+    for document in yaml.safe_load_all(text):
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", document["metadata"]["name"])
+        if document["kind"] == "Deployment":
+            for key in document["spec"]["template"]["metadata"]["annotations"]:
+                assert re.fullmatch(r"planfront/[A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?", key)
+
+
+def test_dynamo_starts_trtllm_by_options_of_its_own() -> None:
+    mixture = plan(parallelism={"tensor": 1, "attention_data": 8, "expert": 8})
+    artifact = export_plan(mixture, request("trtllm", model="deepseek-v3"), "dynamo")
+    (text,) = artifact.files.values()
+    container = yaml.safe_load(text)["spec"]["components"][1]["podTemplate"]["spec"]["containers"][0]
+    given = dict(zip(container["args"][::2], container["args"][1::2], strict=True))
+    settings = json.loads(given.pop("--override-engine-args"))
+    assert given == {
+        "--model": "deepseek-ai/DeepSeek-V3",
+        "--tensor-parallel-size": "8",
+        "--expert-parallel-size": "8",
+        "--max-batch-size": "64",
+        "--max-num-tokens": "8192",
+    }
+    assert settings["enable_attention_dp"] is True
+    assert settings["kv_cache_config"]["dtype"] == "fp8"
+
+
 def test_rayserve_and_dynamo_parse() -> None:
     serve = yaml.safe_load(export_plan(plan(), request("vllm"), "rayserve").files["serve.yaml"])
     keywords = serve["applications"][0]["args"]["llm_configs"][0]["engine_kwargs"]
@@ -145,6 +249,15 @@ def test_rayserve_and_dynamo_parse() -> None:
         ({}, "sglang", "rayserve", r"^--target: Ray Serve runs vLLM"),
         ({"parallelism": {"expert": 2}}, "vllm", "vllm", r"^plan\.worker\.parallelism\.expert: "),
         ({"parallelism": {"tensor": 8, "pipeline": 2}}, "vllm", "vllm", r"^plan\.worker\.parallelism: "),
+        *(
+            (
+                {"quantization": {"kv_cache": "int4"}},
+                engine,
+                engine,
+                r"^plan\.worker\.quantization\.kv_cache: no",
+            )
+            for engine in ("vllm", "sglang", "trtllm")
+        ),
     ],
 )
 def test_what_a_target_cannot_express_is_refused(
@@ -157,6 +270,9 @@ def test_what_a_target_cannot_express_is_refused(
 def test_an_unknown_engine_version_is_never_guessed() -> None:
     with pytest.raises(InputError, match=r"^engine\.version: option names of vllm 0\.99"):
         export_plan(plan(), request("vllm", "0.99.0"), "vllm")
+    # Its settings had other names then.
+    with pytest.raises(InputError, match=r"^engine\.version: option names of trtllm 0\.20"):
+        export_plan(plan(), request("trtllm", "0.20.0"), "trtllm")
 
 
 def test_a_plan_of_a_result_is_found_by_id() -> None:

@@ -217,6 +217,13 @@ def test_a_model_that_fits_nowhere_is_infeasible_with_the_reason(planner: Planne
     json.dumps(answer.to_dict(), allow_nan=False)
 
 
+def test_an_engine_that_does_not_run_on_a_device_is_an_answer(planner: Planner) -> None:
+    amd = {"pools": [{"device": "mi300x-192gb", "nodes": 1, "devices_per_node": 4}]}
+    found = planner.evaluate(request_of(engine="trtllm", cluster=amd), {"worker": {}})
+    assert found["status"] == "infeasible"
+    assert found["rejected"][0]["reason"] == "TensorRT-LLM runs on NVIDIA devices only, not on mi300x-192gb"
+
+
 def test_a_plan_that_does_not_fit_is_an_answer(planner: Planner) -> None:
     answer = planner.evaluate({**request_of("llama-3.1-70b"), "plan": {"worker": {}}})
     assert answer["status"] == "infeasible"
