@@ -116,7 +116,9 @@ def _find(table: Mapping[str, _T], name: Any, path: str, what: str) -> _T:
     key = name.strip().lower()
     if key in table:
         return table[key]
-    close = difflib.get_close_matches(key, table, n=3, cutoff=0.4)
+    # Whoever writes h100 means one of those whose names begin so, whatever else is spelt alike.
+    begun = [known for known in table if key and known.startswith(key)]
+    close = begun[:3] or difflib.get_close_matches(key, table, n=3, cutoff=0.4)
     nearest = ", ".join(close or sorted(table)[:3])
     raise InputError(path, f"unknown {what} '{name[:80]}'", f"nearest: {nearest}")
 

@@ -108,9 +108,12 @@ class Planner:
             self.catalog,
             base_dir=self.base_dir,
         )
-        prices = {
-            self.catalog.device(name, f"prices.{name}").name: usd for name, usd in request.prices.items()
-        }
+        prices: dict[str, float] = {}
+        for name, usd in request.prices.items():
+            known = self.catalog.device(name, f"prices.{name}").name
+            if known in prices:
+                raise InputError(f"prices.{name}", f"the price of {known} is given twice")
+            prices[known] = usd
         workload, summary = self._workload(request)
         if engine.engine not in self._costs:
             self._costs[engine.engine] = default_cost_model(engine.engine)

@@ -256,6 +256,7 @@ def test_a_plan_that_cannot_be_built_names_its_field(
         ({"model": "llama-9"}, "model"),
         ({"cluster": {"pools": [{"device": "h1000"}]}}, "cluster.pools[0].device"),
         ({"prices": {"h1000": 1.0}}, "prices.h1000"),
+        ({"prices": {"l40s": 1.0, "L40S": 2.0}}, "prices.L40S"),
         ({"engine": {"name": "vllm", "version": "0.1"}}, "engine.version"),
         ({"space": {"tensor": [3]}}, "space"),
         ({"space": {"serving": ["disaggregated"]}}, "space.serving"),
