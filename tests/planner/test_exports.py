@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
 from typing import Any
 
 import pytest
@@ -227,6 +228,77 @@ def test_dynamo_starts_trtllm_by_options_of_its_own() -> None:
     assert settings["kv_cache_config"]["dtype"] == "fp8"
 
 
+def started(script: str, **environment: str) -> list[str]:
+    """The words that a shell starts the engine with."""
+    stubs = "".join(
+        f'{name}() {{ printf "%s\\n" {name} "$@"; }}\nexport -f {name}\n' for name in ("vllm", "python")
+    )
+    found = subprocess.run(
+        ["bash", "-ec", stubs + script.replace("exec ", "")],
+        env={"PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return found.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("engine", "degrees", "options"),
+    [
+        (
+            "vllm",
+            {"tensor": 8, "pipeline": 2},
+            "--nnodes 2 --node-rank 1 --master-addr h --headless",
+        ),
+        (
+            "vllm",
+            {"tensor": 1, "attention_data": 16, "expert": 16},
+            "--data-parallel-size-local 8 --data-parallel-start-rank 8 --data-parallel-address h "
+            "--data-parallel-rpc-port 13345 --headless",
+        ),
+        (
+            "sglang",
+            {"tensor": 2, "attention_data": 8, "expert": 16},
+            "--nnodes 2 --node-rank 1 --dist-init-addr h:20000",
+        ),
+    ],
+)
+def test_a_worker_on_several_nodes(engine: str, degrees: dict[str, int], options: str) -> None:
+    wide, asked = plan(parallelism=degrees), request(engine, model="deepseek-v3")
+    script = export_plan(wide, asked, engine).files["run.sh"]
+    assert " ".join(started(script, NODE_RANK="1", HEAD_ADDRESS="h")).endswith(f" {options}")
+    assert "--headless" not in started(script, NODE_RANK="0", HEAD_ADDRESS="h")
+    with pytest.raises(subprocess.CalledProcessError):
+        started(script)
+
+    usual = {**asked, "cluster": {"pools": [{"device": "h100-sxm-80gb", "nodes": 2}]}}
+    assert export_plan(wide, usual, engine).files["run.sh"] == script
+
+    text = export_plan(wide, asked, "kubernetes").files["deployment.yaml"]
+    group, service = yaml.safe_load_all(text)
+    assert (group["kind"], group["spec"]["replicas"]) == ("LeaderWorkerSet", 2)
+    template = group["spec"]["leaderWorkerTemplate"]
+    assert template["size"] == 2
+    leader, follower = template["leaderTemplate"], template["workerTemplate"]
+    for pod in (leader, follower):
+        container = pod["spec"]["containers"][0]
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+        assert container["command"] == ["bash"]
+        given = started(container["args"][1], LWS_WORKER_INDEX="1", LWS_LEADER_ADDRESS="h")
+        assert " ".join(given).endswith(f" {options}")
+    # Requests go to leaders alone.
+    assert service["spec"]["selector"] == leader["metadata"]["labels"]
+    assert "labels" not in follower["metadata"]
+    assert "readinessProbe" not in follower["spec"]["containers"][0]
+
+
+def test_an_engine_before_its_options_for_nodes_is_refused() -> None:
+    wide = plan(parallelism={"tensor": 8, "pipeline": 2})
+    with pytest.raises(InputError, match=r"^plan\.worker\.parallelism: .* how vllm 0\.10\.0 is started on"):
+        export_plan(wide, request("vllm", "0.10.0"), "vllm")
+
+
 def test_rayserve_and_dynamo_parse() -> None:
     serve = yaml.safe_load(export_plan(plan(), request("vllm"), "rayserve").files["serve.yaml"])
     keywords = serve["applications"][0]["args"]["llm_configs"][0]["engine_kwargs"]
@@ -248,7 +320,9 @@ def test_rayserve_and_dynamo_parse() -> None:
         ({}, "vllm", "sglang", r"^--target: the plan was made for vllm"),
         ({}, "sglang", "rayserve", r"^--target: Ray Serve runs vLLM"),
         ({"parallelism": {"expert": 2}}, "vllm", "vllm", r"^plan\.worker\.parallelism\.expert: "),
-        ({"parallelism": {"tensor": 8, "pipeline": 2}}, "vllm", "vllm", r"^plan\.worker\.parallelism: "),
+        ({"parallelism": {"pipeline": 3}}, "vllm", "kubernetes", r"^plan\.worker\.parallelism: .* unevenly"),
+        ({"parallelism": {"pipeline": 4}}, "trtllm", "trtllm", r"^plan\.worker\.parallelism: .* not known"),
+        ({"parallelism": {"pipeline": 4}}, "vllm", "dynamo", r"^plan\.worker\.parallelism: "),
         *(
             (
                 {"quantization": {"kv_cache": "int4"}},
