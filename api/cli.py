@@ -11,10 +11,6 @@ from typing import Any, NoReturn
 
 DONE, FAULT, BAD_INPUT, NO_PLAN, INTERRUPTED = 0, 1, 2, 3, 130
 SERVICE = ("serve", "worker", "db", "keys", "runs", "rerun", "compare", "backup", "prune")
-COMMANDS = (
-    *("plan", "evaluate", "batch", "fleet", "sweep", "export", "catalog"),
-    *("schema", "train", "profile", "validate"),
-)
 CATALOGS = ("devices", "models", "engines", "workloads", "costmodels")
 ENGINES = ("vllm", "sglang", "trtllm")
 METHODS = ("auto", "exhaustive", "cp-sat", "mcts")
@@ -28,9 +24,9 @@ class _Parser(argparse.ArgumentParser):
             import difflib
 
             given = message.split("'")[1]
-            close = difflib.get_close_matches(
-                given, (*COMMANDS, *SERVICE, *CATALOGS, *METHODS), n=1, cutoff=0.4
-            )
+            # Of what this very argument takes: Python 3.11 quotes the choices, 3.12 does not.
+            choices = message.rpartition("(choose from ")[2].rstrip(")").replace("'", "").split(", ")
+            close = difflib.get_close_matches(given, choices, n=1, cutoff=0.4)
             if close:
                 message = f"unknown '{given}'; did you mean '{close[0]}'?"
         self.exit(BAD_INPUT, f"planfront: error: {message}\nTry '{self.prog} --help'.\n")

@@ -18,6 +18,7 @@ import secrets
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urlencode, urlsplit
@@ -295,7 +296,9 @@ class Client:
                     self._connection = self._connect()
                     self._connection.connect()
                 sent = True
-                self._connection.request(method, self._base + path, data, {**self._headers(), **headers})
+                # Who refuses a body before it is read whole has said why, and closed.
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    self._connection.request(method, self._base + path, data, {**self._headers(), **headers})
                 answer = self._connection.getresponse()
                 body = answer.read()
                 if answer.status < 400:

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from hardware import InputError
 
@@ -111,6 +112,16 @@ def problem_response(request: Request, error: ApiError) -> Response:
     )
 
 
+def _methods(request: Request) -> list[str]:
+    """What the path is served for, by any of its routes (the framework names those of the first)."""
+
+    def served(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+    return [method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if served(method)]
+
+
 def install(app: FastAPI) -> None:
     """Handlers of everything a route can raise, all answered by `app.state.respond`."""
     app.state.respond = problem_response
@@ -134,7 +145,10 @@ def install(app: FastAPI) -> None:
             405: f"{request.method} is not served at {request.url.path[:200]}.",
         }
         detail = details.get(error.status_code, str(error.detail or ""))
-        return respond(request, ApiError(error.status_code, detail, headers=error.headers))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_methods(request))
+        return respond(request, ApiError(error.status_code, detail, headers=headers))
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

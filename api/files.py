@@ -1,12 +1,15 @@
 """Reading request files: YAML or JSON, safely and with bounds.
 
 YAML is read with a safe loader that refuses duplicate keys and aliases that multiply (a few lines of
-them stand for gigabytes); JSON refuses duplicate keys and the constants that are no numbers.
+them stand for gigabytes), and that takes 1e-3 for a number and a version as it is written; JSON refuses
+duplicate keys and the constants that are no numbers.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ MAX_LINE_BYTES = 16 << 20
 MAX_DEPTH = 100
 #: Values that aliases may multiply a YAML document to.
 MAX_EXPANDED = 200_000
+_FLOAT = "tag:yaml.org,2002:float"
 
 
 def read_document(name: str) -> tuple[Any, Path]:
@@ -108,6 +112,17 @@ def _parse_yaml(text: str, name: str) -> Any:
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
+        def construct_yaml_map(self, node: Any) -> Any:
+            for key_node, value_node in node.value:
+                # Read as a number, 0.10 would be 0.1, which is another version.
+                if key_node.value == "version" and value_node.tag == _FLOAT:
+                    value_node.tag = "tag:yaml.org,2002:str"
+            yield from super().construct_yaml_map(node)
+
+    Loader.add_constructor("tag:yaml.org,2002:map", Loader.construct_yaml_map)
+    # A number in YAML 1.2 and JSON; the 1.1 that this loader speaks wants 1.0e-3.
+    Loader.add_implicit_resolver(_FLOAT, re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
     try:
         depth = 0
         for event in yaml.parse(text, Loader=base):
@@ -168,6 +183,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
             if not line:
                 return
             number += 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8) or b"\n"
             if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = file.readline(1 << 16)

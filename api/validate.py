@@ -128,5 +128,6 @@ def run(given: argparse.Namespace, write: Any) -> int:
         out.print()
         out.print(total)
         for item in report["errors"]:
-            out.print(f"{item['id']}: {item['error']['path']}: {item['error']['message']}")
+            places = dict.fromkeys(str(name) for name in (item["id"], item["error"]["path"]) if name)
+            out.print(": ".join([*places, item["error"]["message"]]))
     return 0 if report["runs"] else 2

@@ -64,8 +64,8 @@ def context_knots(largest: int) -> FloatArray:
 
 
 def length_knots(largest: int) -> FloatArray:
-    """Lengths of prompts' chunks, 1.. `largest`, growing by 2^(1/4)."""
-    return _capped(_LENGTHS, largest)
+    """Lengths of prompts' chunks, 1.. `largest`, growing by 2^(1/4); 1 and 2 at least (one is no line)."""
+    return _capped(_LENGTHS, max(largest, 2))
 
 
 def cached_knots(largest: int) -> FloatArray:

@@ -117,7 +117,7 @@ def _find(table: Mapping[str, _T], name: Any, path: str, what: str) -> _T:
     if key in table:
         return table[key]
     # What begins as it was typed is more likely meant than what is as long.
-    begin = sorted(known for known in table if key and known.startswith(key))
+    begin = [known for known in table if key and known.startswith(key)]
     close = dict.fromkeys([*begin, *difflib.get_close_matches(key, table, n=3, cutoff=0.4)])
     nearest = ", ".join(list(close)[:3] or sorted(table)[:3])
     raise InputError(path, f"unknown {what} '{name[:80]}'", f"nearest: {nearest}")

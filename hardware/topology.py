@@ -322,7 +322,7 @@ def _pool(row: Any, network: Link | None, catalog: Catalog, where: str, *, defau
             raise InputError(f"{where}.{str(key)[:80]}", "unknown field")
     name = row.get("name", default)
     if not isinstance(name, str) or not name.strip():
-        raise InputError(f"{where}.name", "must be a text")
+        raise InputError(f"{where}.name", f"must be a text that is not empty, not {name!r:.80}")
     if row.get("device") is None:
         raise InputError(f"{where}.device", "this field is required")
     device = catalog.device(row["device"], f"{where}.device")

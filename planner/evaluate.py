@@ -162,6 +162,9 @@ class Evaluator:
             self._problems[built] = problem.reason if problem else None
         if self._problems[built]:
             return self._problems[built]
+        device = self.cluster.pool(point.pool).device
+        if self.engine.engine == "trtllm" and device.vendor != "nvidia":
+            return f"TensorRT-LLM runs on NVIDIA devices only, not on {device.name}"
         limit = self.spec.max_context_tokens
         if limit and self.longest_sequence_tokens > limit:
             return (

@@ -81,7 +81,6 @@ class Planner:
         self.allow_paths = allow_paths
         self._tables: dict[tuple[Any, ...], StepTables] = {}
         self._workloads: dict[str, tuple[Workload, dict[str, Any]]] = {}
-        self._models: dict[str, ModelSpec] = {}
         self._costs: dict[str, CostModel] = {}
 
     # --- loading ------------------------------------------------------------------------------
@@ -92,11 +91,7 @@ class Planner:
         if len(self._tables) > MAX_TABLES:
             self._tables.clear()  # whoever still uses one holds it
         engine = load_profile(request.engine.name, request.engine.version)
-        model = repr((request.model, request.config))
-        if model not in self._models:
-            self._models[model] = load_model(
-                request.model, request.config, allow_paths=self.allow_paths, base_dir=self.base_dir
-            )
+        spec = load_model(request.model, request.config, allow_paths=self.allow_paths, base_dir=self.base_dir)
         if not self.allow_paths:
             for index, pool in enumerate(request.cluster.pools):
                 if pool.topology is not None:
@@ -109,23 +104,27 @@ class Planner:
             self.catalog,
             base_dir=self.base_dir,
         )
-        prices = {
-            self.catalog.device(name, f"prices.{name}").name: usd for name, usd in request.prices.items()
-        }
+        prices: dict[str, float] = {}
+        for name, usd in request.prices.items():
+            known = self.catalog.device(name, f"prices.{name}").name
+            if known in prices:
+                raise InputError(f"prices.{name}", f"the price of {known} is given twice")
+            prices[known] = usd
         workload, summary = self._workload(request)
         if engine.engine not in self._costs:
             self._costs[engine.engine] = default_cost_model(engine.engine)
         return Question(
-            request, self._models[model], cluster, engine, workload, summary,
+            request, spec, cluster, engine, workload, summary,
             self._costs[engine.engine], self.catalog, prices,
         )  # fmt: skip
 
     def _workload(self, request: PlanningRequest) -> tuple[Workload, dict[str, Any]]:
         mapping = request.workload.model_dump(exclude_none=True)
-        key = repr(mapping)
+        trace = request.workload.trace
+        if trace is not None and not self.allow_paths:
+            raise InputError("workload.trace.path", "files are read on the command line only")
+        key = repr((mapping, None if trace is None else self._stamp(trace.path)))
         if key not in self._workloads:
-            if request.workload.trace is not None and not self.allow_paths:
-                raise InputError("workload.trace.path", "files are read on the command line only")
             workload, summary, report = load_workload(mapping, self.base_dir)
             facts = summary.as_dict()
             if report is not None:
@@ -133,6 +132,14 @@ class Planner:
             self._workloads.clear()  # one at a time: a workload can be large
             self._workloads[key] = (workload, facts)
         return self._workloads[key]
+
+    def _stamp(self, path: str) -> tuple[int, int] | None:
+        """What changes with a file's content; None for one that cannot be looked at."""
+        try:
+            found = (self.base_dir / Path(path).expanduser()).stat()
+        except (OSError, ValueError, RuntimeError):
+            return None
+        return found.st_mtime_ns, found.st_size
 
     # --- planning -----------------------------------------------------------------------------
 

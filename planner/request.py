@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -35,7 +36,14 @@ Objective: TypeAlias = Literal["latency", "throughput", "energy", "memory", "cos
 Method: TypeAlias = Literal["auto", "exhaustive", "cp-sat", "mcts"]
 Percentile: TypeAlias = Literal["mean", "p50", "p90", "p95", "p99"]
 
-PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000, strict=True)]
+
+def _whole(value: Any) -> Any:
+    """A whole number is one however it is written: 1000.0 and 1e3 too, as JSON schema has it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000, strict=True), WHOLE]
 # Strict: neither `true` nor "4" is a number (whole numbers pass as floats).
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 
@@ -95,7 +103,7 @@ class PoolRequest(StrictModel):
 class InterNode(StrictModel):
     """The network between nodes, by its catalog name."""
 
-    kind: str
+    kind: Annotated[str, Field(min_length=1)]
 
 
 class ClusterRequest(StrictModel):
@@ -169,12 +177,12 @@ class Synthetic(StrictModel):
 
     preset: str | None = None
     arrivals: Arrivals | None = None
-    requests: Annotated[int, Field(ge=1, le=20_000_000, strict=True)] | None = None
+    requests: Annotated[int, Field(ge=1, le=20_000_000, strict=True), WHOLE] | None = None
     input_tokens: Lengths | None = None
     output_tokens: Lengths | None = None
     shared_prefix: SharedPrefix | None = None
     turns: Turns | None = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True), WHOLE] = 0
 
 
 class WorkloadRequest(StrictModel):
@@ -244,14 +252,14 @@ class SearchRequest(StrictModel):
 
     method: Method = "auto"
     budget_s: PositiveFloat = 60.0
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1, strict=True), WHOLE] = 0
 
 
 class Site(StrictModel):
     """What is drawn beside the accelerators, so that energy is that of the meter."""
 
     #: Power of the whole site over power of its machines (ISO/IEC 30134-2): cooling and conversion.
-    pue: Annotated[float, Field(ge=1.0, le=3.0, allow_inf_nan=False)] = 1.0
+    pue: Annotated[float, Field(ge=1.0, le=3.0, allow_inf_nan=False, strict=True)] = 1.0
     #: Share of the server's processors, memory, fans and adapters in W per accelerator.
     host_w_per_device: AmountOrZero = 0.0
 
@@ -342,7 +350,7 @@ class KvOffload(StrictModel):
     """KV blocks that leave the device."""
 
     target: Literal["cpu", "disk"]
-    bytes: Annotated[int, Field(ge=1, le=2**60, strict=True)]
+    bytes: Annotated[int, Field(ge=1, le=2**60, strict=True), WHOLE]
 
 
 class Worker(StrictModel):

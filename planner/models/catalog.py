@@ -22,9 +22,9 @@ MAX_CONFIG_BYTES = 10_000_000
 
 #: Parts of a Hugging Face name that do not change the architecture.
 _VARIANT = re.compile(
-    r"-(instruct|chat|it|pt|base|hf|thinking|nonthinking|preview|original|text|fp8|fp8-dynamic|fp8-kv|bf16|"
-    r"awq|gptq|gptq-int4|gptq-int8|awq-int4|int4|int8|w8a8|w4a16|nvfp4|fp4|mxfp4|quantized|"
-    r"4k|8k|128k|static|dynamic|per-?tensor|per-?channel|v0\.[123]|zero|speciale|terminus|exp|"
+    r"-(instruct|chat|it|pt|base|hf|thinking|nonthinking|preview|original|text|fp8-dynamic|fp8-kv|fp8|bf16|"
+    r"awq|gptq|gptq-int4|gptq-int8|awq-int4|int4|int8|w8a8|w4a16|nvfp4-v2|fp4-v2|nvfp4|fp4|mxfp4|quantized|"
+    r"bnb|4bit|8bit|4k|8k|128k|200k|static|dynamic|per-?tensor|per-?channel|v0\.[123]|zero|speciale|terminus|exp|"
     r"0324|0528|1210|0905|0711|25\d\d|24\d\d|[bm]m|gguf|marlin|quantized\.w\w+|16e|128e)(?=-|$)"
 )
 #: What such a part says of the checkpoint's formats (DeepSeek and Kimi are stored in fp8 themselves).
@@ -40,6 +40,16 @@ _FORMATS: tuple[tuple[str, QuantizationDefault], ...] = (
     ("w8a8", QuantizationDefault("int8", "int8", "bf16", "compressed-tensors")),
     ("-int4", QuantizationDefault("int4", "bf16", "bf16", "gptq")),
     ("-int8", QuantizationDefault("int8", "bf16", "bf16", "gptq")),
+    ("4bit", QuantizationDefault("int4", "bf16", "bf16", "bitsandbytes")),
+    ("8bit", QuantizationDefault("int8", "bf16", "bf16", "bitsandbytes")),
+    ("fp8-kv", QuantizationDefault("fp8", "fp8", "fp8", "fp8")),
+    ("kimi-k2-thinking", QuantizationDefault("int4", "bf16", "bf16", "compressed-tensors")),
+)
+#: Variants whose own config holds more tokens than the first checkpoint's.
+_CONTEXTS: tuple[tuple[re.Pattern[str], int], ...] = (
+    (re.compile(r"^qwen3-\d.*-2507(-|$)"), 262_144),
+    (re.compile(r"-128k(-|$)"), 131_072),
+    (re.compile(r"-200k(-|$)"), 200_000),
 )
 
 
@@ -87,6 +97,12 @@ def _variant(asked: str, default: QuantizationDefault) -> QuantizationDefault:
     return default
 
 
+def _context(asked: str, default: int) -> int:
+    """Tokens that the variant asked for holds."""
+    text = asked.lower().split("/")[-1].replace("_", "-")
+    return next((tokens for pattern, tokens in _CONTEXTS if pattern.search(text)), default)
+
+
 @lru_cache(maxsize=512)
 def _named(name: str) -> ModelSpec:
     row = _rows()[name]
@@ -116,7 +132,11 @@ def load_model(
     found = _known(asked)
     if found is not None:
         spec = _named(found)
-        return replace(spec, quantization=_variant(asked, spec.quantization))
+        return replace(
+            spec,
+            quantization=_variant(asked, spec.quantization),
+            max_context_tokens=_context(asked, spec.max_context_tokens),
+        )
     if _looks_like_path(asked, base_dir):
         if not allow_paths:
             raise InputError(path, "files are read on the command line only; name a model of the catalog")

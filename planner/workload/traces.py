@@ -228,7 +228,7 @@ def _recognise(text: str, line: int, file: Path, asked: str, field: str) -> tupl
         if all(column in columns for column in needed):
             _same(name, asked, field)
             return name, columns
-    raise InputError(where, f"'{file}' is no known trace: its first line is '{text[:120]}'")
+    raise InputError(where, f"'{file}' is no known trace: its first line is {text[:120]!a}")
 
 
 def _same(found: str, asked: str, field: str) -> None:

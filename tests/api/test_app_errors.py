@@ -60,6 +60,8 @@ def test_404(client: TestClient, path: str) -> None:
         ("DELETE", "/api/v1/evaluate", "POST"),
         ("POST", "/healthz", "GET"),
         ("PUT", "/api/v1/catalog/models", "GET"),
+        ("PUT", "/api/v1/runs", "GET, POST"),
+        ("POST", f"/api/v1/runs/{'0' * 28}", "DELETE, GET, PATCH"),
     ],
 )
 def test_405_names_what_is_allowed(client: TestClient, method: str, path: str, allow: str) -> None:

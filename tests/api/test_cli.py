@@ -226,6 +226,8 @@ def test_version(capsys: Captured) -> None:
         (["catalog", "device"], "did you mean 'devices'?"),
         (["plan"], "required: REQUEST"),
         (["plan", "x", "--method", "exhaustiv"], "did you mean 'exhaustive'?"),
+        (["keys", "create", "--role", "boss"], "invalid choice: 'boss'"),
+        (["keys", "create", "--role", "planer"], "did you mean 'planner'?"),
         (["plan", "x", "--budget", "soon"], "--budget: invalid float value: 'soon'"),
         (["plan", "x", "--nope"], "unrecognized arguments: --nope"),
         (["schema", "zzz"], "choose from"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from api import cli_service
 from api.cli import main
+from api.client import Client, ServiceError
 from api.keys import fits, split_key
 from api.store import Store, open_store
 from tests.api.conftest import Captured, error_of
@@ -111,6 +114,28 @@ def test_runs_backup_and_prune(store: Store, capsys: Captured, tmp_path: Path) -
     assert capsys.readouterr().out == "1 runs deleted\n"
     assert main(["runs", "--json", "--status", "queued"]) == 0
     assert json.loads(capsys.readouterr().out) == []
+
+
+def test_a_refusal_before_the_body_was_read_is_told() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    body = b'{"status": 413, "detail": "A body holds at most 9 bytes.", "errors": []}'
+    head = b"HTTP/1.1 413 Content Too Large\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    def refuse() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(100)
+            connection.sendall(head + body)
+            connection.shutdown(socket.SHUT_WR)
+            time.sleep(0.5)  # what was sent can be read before the rest of the body ends the connection
+
+    thread = threading.Thread(target=refuse, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with Client(address) as client, pytest.raises(ServiceError, match="at most 9 bytes"):
+        client.upload(bytes(30_000_000))
+    thread.join()
+    listener.close()
 
 
 def test_every_command_of_the_service_has_a_function() -> None:

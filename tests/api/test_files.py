@@ -60,6 +60,21 @@ def test_a_byte_order_mark_is_no_content() -> None:
     assert parse_document("﻿a: 1".encode(), "x.yaml") == {"a": 1}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("-2E6", -2e6), ("5.e1", 50.0), ("1.5e+3", 1500.0), ("'1e3'", "1e3"), ("1e", "1e")],
+)
+def test_numbers_with_an_exponent_are_numbers_in_yaml_too(text: str, value: Any) -> None:
+    found = parse_document(f"a: {text}".encode(), "x.yaml")["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(("text", "version"), [("0.10", "0.10"), ("0.24", "0.24"), ("'0.30'", "0.30")])
+def test_a_version_is_read_as_it_is_written(text: str, version: str) -> None:
+    data = parse_document(f"engine: {{name: vllm, version: {text}}}".encode() + b"\nx: 0.10", "x.yaml")
+    assert data == {"engine": {"name": "vllm", "version": version}, "x": 0.1}
+
+
 def test_relative_paths_start_at_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r.yaml").write_text("a: 1")
     assert read_document(str(tmp_path / "r.yaml")) == ({"a": 1}, tmp_path.resolve())
@@ -204,6 +219,17 @@ def test_standard_input_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- lines ---------------------------------------------------------------------------------------
+
+
+def test_lines_after_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n{}\r\n')
+    assert [number for number, _ in read_lines(tmp_path / "x.jsonl")] == [1, 2]
+    assert [parse_json((line or b"").decode()) for _, line in read_lines(tmp_path / "x.jsonl")] == [
+        {"a": 1},
+        {},
+    ]
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf")
+    assert list(read_lines(tmp_path / "x.jsonl")) == []
 
 
 def test_lines_keep_their_numbers(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_broken_line_is_told_and_the_rest_goes_on(
     assert "not readable JSON" in capsys.readouterr().out
     file.write_text("[1]\n")
     assert main(["validate", str(file)]) == 2
+    assert capsys.readouterr().out.endswith("\nline 1: must be a mapping of fields\n")
     file.write_text("")
     assert main(["validate", str(file)]) == 2
     assert "holds no runs" in capsys.readouterr().err

@@ -121,6 +121,20 @@ def shared(cache: dict[str, StepTables] = {}) -> StepTables:  # noqa: B006  one 
     return cache["t"]
 
 
+def test_tables_of_one_token_have_lines_to_read() -> None:
+    tables = build(llama_70b(4), max_slot_tokens=1, max_slot_sequences=1, max_context_tokens=1)
+    for knots in (
+        tables.decode_seq_knots,
+        tables.decode_ctx_knots,
+        tables.prefill_len_knots_log2,
+        tables.prefill_ctx_knots_log2,
+    ):
+        # The simulator reads the knot after a size without asking whether there is one.
+        assert len(knots) >= 2
+        assert (np.diff(knots) > 0).all()
+    assert np.isfinite(tables.prefill_full_s_per_pair).all()
+
+
 def test_graphs_pad_and_launches_bind_without_them() -> None:
     terms = llama_70b()
     host = HostOverhead(

@@ -99,8 +99,8 @@ def test_unknown_names_suggest_the_nearest() -> None:
         InputError, match=r"cluster\.pools\[0\]\.device: unknown device 'h100-sxm'.*h100-sxm-80gb"
     ):
         load_catalog().device("h100-sxm", "cluster.pools[0].device")
-    with pytest.raises(InputError, match=r"nearest: h100-"):
-        load_catalog().device("h100", "device")
+    with pytest.raises(InputError, match=r"nearest: h100-pcie-80gb, h100-sxm-80gb, h100-nvl-94gb"):
+        load_catalog().device("H100")
 
 
 def test_user_file_overrides_and_inherits(tmp_path: Path) -> None:

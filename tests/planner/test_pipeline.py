@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,13 @@ def test_a_model_that_fits_nowhere_is_infeasible_with_the_reason(planner: Planne
     json.dumps(answer.to_dict(), allow_nan=False)
 
 
+def test_an_engine_that_does_not_run_on_a_device_is_an_answer(planner: Planner) -> None:
+    amd = {"pools": [{"device": "mi300x-192gb", "nodes": 1, "devices_per_node": 4}]}
+    found = planner.evaluate(request_of(engine="trtllm", cluster=amd), {"worker": {}})
+    assert found["status"] == "infeasible"
+    assert found["rejected"][0]["reason"] == "TensorRT-LLM runs on NVIDIA devices only, not on mi300x-192gb"
+
+
 def test_a_plan_that_does_not_fit_is_an_answer(planner: Planner) -> None:
     answer = planner.evaluate({**request_of("llama-3.1-70b"), "plan": {"worker": {}}})
     assert answer["status"] == "infeasible"
@@ -249,6 +257,7 @@ def test_a_plan_that_cannot_be_built_names_its_field(
         ({"model": "llama-9"}, "model"),
         ({"cluster": {"pools": [{"device": "h1000"}]}}, "cluster.pools[0].device"),
         ({"prices": {"h1000": 1.0}}, "prices.h1000"),
+        ({"prices": {"l40s": 1.0, "L40S": 2.0}}, "prices.L40S"),
         ({"engine": {"name": "vllm", "version": "0.1"}}, "engine.version"),
         ({"space": {"tensor": [3]}}, "space"),
         ({"space": {"serving": ["disaggregated"]}}, "space.serving"),
@@ -313,6 +322,27 @@ def test_a_closed_loop_of_few_clients_runs_on_a_plan_of_many_sequences(planner: 
     request["workload"]["synthetic"]["arrivals"] = {"process": "closed", "concurrency": 3}
     answer = planner.evaluate({**request, "plan": {"worker": {}}})
     assert answer["status"] == "ok"
+
+
+def test_files_that_changed_are_read_again(tmp_path: Path) -> None:
+    trace, folder = tmp_path / "t.jsonl", tmp_path / "model"
+    folder.mkdir()
+    row = '{"arrival_s": 0, "input_tokens": 100, "output_tokens": 10}\n'
+    config = {
+        "model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "intermediate_size": 4096, "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    asked = request_of(model="./model", workload={"trace": {"path": "t.jsonl"}})
+    planner = Planner(base_dir=tmp_path)
+    counts, layers = [], []
+    for times in (1, 3):
+        trace.write_text(row * times)
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 8 * times}))
+        question = planner.load(asked)
+        counts.append(len(question.workload))
+        layers.append(question.spec.num_layers)
+    assert (counts, layers) == ([1, 3], [8, 24])
 
 
 def test_two_models_of_one_name_do_not_share_their_tables(planner: Planner) -> None:

@@ -131,6 +131,9 @@ def test_defaults_are_those_of_the_contract() -> None:
 def test_numbers_that_yaml_reads_for_text_are_understood() -> None:
     assert parse_request(changed(FULL, "engine.version", 0.24)).engine.version == "0.24"
     assert parse_request(changed(FULL, "schema_version", 1)).schema_version == "1"
+    requests = parse_request(changed(FULL, "workload.synthetic.requests", 1e3)).workload.synthetic
+    assert requests is not None
+    assert (requests.requests, type(requests.requests)) == (1000, int)
 
 
 def test_repeated_values_of_the_space_and_objectives_count_once() -> None:
@@ -206,6 +209,9 @@ BAD = [
     ("search.budget_s", float("inf"), "search.budget_s", "must be a finite number"),
     ("search.budget_s", 10**400, "search.budget_s", "must be a number"),
     ("search.seed", 1.5, "search.seed", "must be a whole number"),
+    ("site", {"pue": True}, "site.pue", "must be a number, not True"),
+    ("site", {"pue": "1.2"}, "site.pue", "must be a number, not '1.2'"),
+    ("cluster.inter_node", {"kind": ""}, "cluster.inter_node.kind", "must not be empty"),
     ("prices", {"h100-sxm-80gb": -1}, "prices.h100-sxm-80gb", "must be at least 0"),
     ("prices", {"h100-sxm-80gb": "cheap"}, "prices.h100-sxm-80gb", "must be a number"),
 ]

@@ -96,6 +96,13 @@ def test_catalog_is_large_and_every_name_resolves() -> None:
         ("Qwen/Qwen2.5-72B-Instruct-AWQ", "qwen2.5-72b", "int4", "awq"),
         ("openai/gpt-oss-120b", "gpt-oss-120b", "fp4", "mxfp4"),
         ("moonshotai/Kimi-K2.5", "kimi-k2.5", "int4", "compressed-tensors"),
+        ("moonshotai/Kimi-K2-Thinking", "kimi-k2", "int4", "compressed-tensors"),
+        ("amd/Llama-3.1-70B-Instruct-FP8-KV", "llama-3.1-70b", "fp8", "fp8"),
+        ("nvidia/DeepSeek-R1-0528-FP4-v2", "deepseek-r1", "fp4", "nvfp4"),
+        ("deepseek-ai/DeepSeek-V2", "deepseek-v2", "bf16", ""),
+        ("unsloth/Llama-3.3-70B-Instruct-bnb-4bit", "llama-3.3-70b", "int4", "bitsandbytes"),
+        ("Qwen/Qwen2.5-Coder-32B-Instruct", "qwen2.5-32b", "bf16", ""),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "llama-3.3-70b", "bf16", ""),
     ],
 )
 def test_variants_share_an_architecture_and_bring_their_formats(
@@ -103,6 +110,40 @@ def test_variants_share_an_architecture_and_bring_their_formats(
 ) -> None:
     spec = load_model(ident)
     assert (spec.name, spec.quantization.weights, spec.quantization.method) == (name, weights, method)
+
+
+def test_a_variant_whose_config_says_so_has_its_cache_in_fp8() -> None:
+    assert load_model("amd/Llama-3.1-70B-Instruct-FP8-KV").quantization.kv_cache == "fp8"
+    assert load_model("nvidia/Llama-3.1-70B-Instruct-FP8").quantization.kv_cache == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("ident", "tokens"),
+    [
+        ("Qwen/Qwen3-30B-A3B", 40_960),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", 262_144),
+        ("Qwen/Qwen3-235B-A22B-Thinking-2507-FP8", 262_144),
+        ("microsoft/Phi-3-mini-4k-instruct", 4_096),
+        ("microsoft/Phi-3-mini-128k-instruct", 131_072),
+    ],
+)
+def test_variants_hold_the_tokens_of_their_own_config(ident: str, tokens: int) -> None:
+    assert load_model(ident).max_context_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("llama-3.3-70b", "meta-llama/Llama-3.3-70B-Instruct"),
+        ("qwen3-coder-30b-a3b", "Qwen/Qwen3-Coder-30B-A3B-Instruct"),
+        ("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct"),
+        ("mistral-large-123b", "mistralai/Mistral-Large-Instruct-2407"),
+        ("kimi-k2", "moonshotai/Kimi-K2-Instruct"),
+    ],
+)
+def test_models_without_a_base_checkpoint_name_one_that_is_published(name: str, first: str) -> None:
+    # The first id is what an exported command loads.
+    assert load_model(name).hugging_face_ids[0] == first
 
 
 # --- cutting ---------------------------------------------------------------------------------------

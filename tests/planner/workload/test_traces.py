@@ -160,6 +160,7 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
         ("a,b,c\n1,2,3\n", "is no known trace: its first line is 'a,b,c'"),
         ('{"foo": 1}\n', "is no known trace: its first row has the fields foo"),
         ("{oops\n", "line 1 is not readable JSON"),
+        ("\x1b[31mé\0\n", r"its first line is '\\x1b\[31m\\xe9\\x00'"),
     ],
 )
 def test_files_that_are_no_trace(text: str, message: str, tmp_path: Path) -> None:
