@@ -103,6 +103,16 @@ def learned_memory(op: Elementwise, device: Device, engine: str) -> tuple[FloatA
     return None
 
 
+def scale_time(device: Device, engine: str, m: FloatArray, k: float) -> FloatArray | None:
+    """Seconds that the search for the scale of activations [m, k] takes; None where it was not measured."""
+    curves = memory_curves()
+    for name in filter(None, (device.name, device.kernels_like)):
+        curve = curves.get(f"{name}/{engine}/scale")
+        if curve is not None:
+            return np.where(m > 0, curve_time(curve, 2.0 * np.maximum(m, 1.0) * k), 0.0)
+    return None
+
+
 def collective_keys(op: Collective, device: Device, engine: str) -> Iterator[tuple[str, bool]]:
     """(key, whether it is this very device's) of the curves that may stand for a collective, best first."""
     names = [(device.name, True)] + ([(device.kernels_like, False)] if device.kernels_like else [])

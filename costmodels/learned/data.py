@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from costmodels.learned.shapes import FORMATS, MLA_LATENT, bound_s, columns
+from costmodels.learned.shapes import FORMATS, MLA_LATENT, STATIC_SCALES, bound_s, columns
 from costmodels.learned.store import POWER
 from costmodels.learned.watts import STEADY_S
 from costmodels.ops import FloatArray
@@ -437,6 +437,32 @@ def memory_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArr
             source = "own measurements" if copied else "aiconfigurator-core"
             label = f"{source}, {engine} {path.parent.name}"
             yield f"{name}/{engine}/elementwise", name, size, seconds, label
+
+
+def scale_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArray, str]]:
+    """(`device/engine/scale`, device, bytes read, seconds, what it is) of the search for a tensor's scale.
+
+    An engine whose checkpoints bring the scales of their activations leaves it out; its GEMM tables hold it.
+    """
+    import pandas as pd
+
+    for system, name in SYSTEMS.items():
+        for engine in STATIC_SCALES:
+            found = sorted(
+                (tables / system / "quantize" / engine).glob("*/computescale_perf.*"), key=_version
+            )
+            if not found:
+                continue
+            frame = pd.read_parquet(found[-1])
+            frame = frame[frame["latency"] > 0]
+            moved = 2.0 * frame["m"] * frame["k"]
+            frame = frame.assign(moved=moved, bin=np.round(8.0 * np.log2(moved)))
+            binned = frame.groupby("bin", sort=True)[["moved", "latency"]].median()
+            if len(binned) < _LEAST_SIZES:
+                continue
+            label = f"aiconfigurator-core, {engine} {found[-1].parent.name}"
+            size, seconds = binned["moved"].to_numpy(), binned["latency"].to_numpy() * 1e-3
+            yield f"{name}/{engine}/scale", name, size, seconds, label
 
 
 def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArray, str]]:

@@ -20,12 +20,13 @@ from costmodels import sizes
 from costmodels.analytic import RooflineModel, format_key
 from costmodels.base import Prediction
 from costmodels.kernels import prefill_time
-from costmodels.learned.curves import learned_collective, learned_memory
+from costmodels.learned.curves import learned_collective, learned_memory, scale_time
 from costmodels.learned.shapes import (
     MLA_CACHED,
     MLA_HEAD,
     MLA_LATENT,
     MLA_VALUE,
+    STATIC_SCALES,
     bound_s,
     closed_form,
     columns,
@@ -68,6 +69,9 @@ _SHORT_CHUNK = 64.0
 #: (log units): the same kernels differ by 2-12 % between twins, prompts of two engines by more.
 _TWIN = 0.12
 _OTHER_ENGINE = 0.25
+#: Interval of a GEMM without the search for its activations' scale, which was measured by itself; and the
+#: share of the whole that is left at the least.
+_STATIC, _LEAST_LEFT = 0.08, 0.25
 #: Interval of memory-bound kernels: one kind was measured, and stands for all.
 _ONE_KIND = (0.7, 1.4)
 _ENGINES = ("sglang", "trtllm", "vllm")
@@ -168,6 +172,9 @@ class LearnedModel:
         time, low, high, outside = _times(artifact, asked, device)
         bound = roofline_bound(op, device)
         time = np.where(bound > 0, np.maximum(time, bound), 0.0)
+        static = self._static(op, device, asked.dtype, time)
+        if static is not None:
+            time, doubt = np.where(bound > 0, np.maximum(static, bound), 0.0), doubt + _STATIC
         power = _power(op, asked, artifact, device, time)
         if self.sustained:
             time = time * sustained_factor(op, device, time)
@@ -177,8 +184,16 @@ class LearnedModel:
         source = (
             f"{card['key']} {artifact.id} on {card['data']}, held-out error {100 * card['mape']:.1f} %"
             + (", partly beyond the measured range" if outside else "")
+            + (", less the search for the activations' scale" if static is not None else "")
         )
         return Prediction(time, power, np.minimum(low_s, time), np.maximum(high_s, time), kind, source)
+
+    def _static(self, op: Operator, device: Device, dtype: str, time: FloatArray) -> FloatArray | None:
+        """Seconds without the search for a tensor's scale, for engines whose checkpoints bring it."""
+        if not isinstance(op, Gemm) or op.batch != 1 or dtype != "fp8" or self.engine not in STATIC_SCALES:
+            return None
+        search = scale_time(device, self.engine, array(op.m), float(op.k))
+        return None if search is None else np.maximum(time - search, _LEAST_LEFT * time)
 
     def _artifact(self, asked: _Question, device: Device) -> tuple[Artifact | None, str, float]:
         """(predictor, kind, doubt in log units): this device's, its twin's, or another engine's."""

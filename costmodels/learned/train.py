@@ -37,6 +37,7 @@ from costmodels.learned.data import (
     memory_tables,
     power_problems,
     problems,
+    scale_tables,
 )
 from costmodels.learned.net import Net, fit_net
 from costmodels.learned.process import fit_process
@@ -423,7 +424,7 @@ def train_memory(tables: Path, out_dir: Path, progress: Callable[[str], None] | 
     """Fit the curves of memory-bound kernels into `elementwise.json`; how many there are."""
     curves = {
         key: {**describe(size, seconds), "data": label}
-        for key, _, size, seconds, label in memory_tables(tables)
+        for key, _, size, seconds, label in itertools.chain(memory_tables(tables), scale_tables(tables))
     }
     if curves:
         _write_curves(out_dir / "elementwise.json", curves)
