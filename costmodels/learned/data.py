@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from costmodels.learned.shapes import FORMATS, MLA_LATENT, STATIC_SCALES, bound_s, columns
+from costmodels.learned.shapes import FORMATS, MLA_LATENT, PUBLISHED, STATIC_SCALES, bound_s, columns
 from costmodels.learned.store import POWER
 from costmodels.learned.watts import STEADY_S
 from costmodels.ops import FloatArray
@@ -96,7 +96,7 @@ class Problem:
     dropped: dict[str, int] = field(default_factory=dict)
     watts: FloatArray | None = None  # mean power of each row, where that is what is learned
     own: bool = False  # a user's measurements: folders that go by our devices' names
-    source: str = "aiconfigurator-core"  # whose tables
+    source: str = PUBLISHED  # whose tables
 
     @property
     def device(self) -> Device:
@@ -426,15 +426,13 @@ def memory_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArr
             frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
             frame = frame[frame["latency"] > 0]
             moved = 2.0 * frame["size_bytes"] if copied else 3.0 * frame["m"] * frame["k"]
-            frame = frame.assign(moved=moved, bin=np.round(8.0 * np.log2(moved)))
-            binned = frame.groupby("bin", sort=True)[["moved", "latency"]].median()
-            size, seconds = binned["moved"].to_numpy(), binned["latency"].to_numpy() * 1e-3
+            size, seconds = _binned(moved, frame["latency"])
             if len(size) < _LEAST_SIZES:
                 continue
             rate = size[-3:].sum() / seconds[-3:].sum()
             if size[-1] > 4 * device.l2_bytes and rate < 0.5 * device.memory_bandwidth_bytes_per_s:
                 continue
-            source = "own measurements" if copied else "aiconfigurator-core"
+            source = "own measurements" if copied else PUBLISHED
             label = f"{source}, {engine} {path.parent.name}"
             yield f"{name}/{engine}/elementwise", name, size, seconds, label
 
@@ -455,14 +453,16 @@ def scale_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArra
                 continue
             frame = pd.read_parquet(found[-1])
             frame = frame[frame["latency"] > 0]
-            moved = 2.0 * frame["m"] * frame["k"]
-            frame = frame.assign(moved=moved, bin=np.round(8.0 * np.log2(moved)))
-            binned = frame.groupby("bin", sort=True)[["moved", "latency"]].median()
-            if len(binned) < _LEAST_SIZES:
-                continue
-            label = f"aiconfigurator-core, {engine} {found[-1].parent.name}"
-            size, seconds = binned["moved"].to_numpy(), binned["latency"].to_numpy() * 1e-3
-            yield f"{name}/{engine}/scale", name, size, seconds, label
+            size, seconds = _binned(2.0 * frame["m"] * frame["k"], frame["latency"])
+            if len(size) >= _LEAST_SIZES:
+                label = f"{PUBLISHED}, {engine} {found[-1].parent.name}"
+                yield f"{name}/{engine}/scale", name, size, seconds, label
+
+
+def _binned(moved: Any, milliseconds: Any) -> tuple[FloatArray, FloatArray]:
+    """(bytes, seconds): medians of an eighth of an octave of bytes."""
+    bins = np.round(8.0 * np.log2(moved))
+    return moved.groupby(bins).median().to_numpy(), milliseconds.groupby(bins).median().to_numpy() * 1e-3
 
 
 def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArray, str]]:
@@ -491,6 +491,6 @@ def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, Floa
                     continue
                 spelled = {"alltoall": "all_to_all"}.get(str(kind), str(kind))
                 key = f"{name}/{engine}/{spelled}/{devices}"
-                source = "aiconfigurator-core" if system in SYSTEMS else "own measurements"
+                source = PUBLISHED if system in SYSTEMS else "own measurements"
                 label = f"{source}, {engine} {path.parent.name}"
                 yield key, name, size, curve.to_numpy() * 1e-3, label

@@ -26,6 +26,7 @@ from costmodels.learned.shapes import (
     MLA_HEAD,
     MLA_LATENT,
     MLA_VALUE,
+    PUBLISHED,
     STATIC_SCALES,
     bound_s,
     closed_form,
@@ -172,7 +173,7 @@ class LearnedModel:
         time, low, high, outside = _times(artifact, asked, device)
         bound = roofline_bound(op, device)
         time = np.where(bound > 0, np.maximum(time, bound), 0.0)
-        static = self._static(op, device, asked.dtype, time)
+        static = self._static(op, device, artifact, time) if asked.dtype == "fp8" else None
         if static is not None:
             time, doubt = np.where(bound > 0, np.maximum(static, bound), 0.0), doubt + _STATIC
         power = _power(op, asked, artifact, device, time)
@@ -188,10 +189,14 @@ class LearnedModel:
         )
         return Prediction(time, power, np.minimum(low_s, time), np.maximum(high_s, time), kind, source)
 
-    def _static(self, op: Operator, device: Device, dtype: str, time: FloatArray) -> FloatArray | None:
+    def _static(
+        self, op: Operator, device: Device, artifact: Artifact, time: FloatArray
+    ) -> FloatArray | None:
         """Seconds without the search for a tensor's scale, for engines whose checkpoints bring it."""
-        if not isinstance(op, Gemm) or op.batch != 1 or dtype != "fp8" or self.engine not in STATIC_SCALES:
+        if not isinstance(op, Gemm) or op.batch != 1 or self.engine not in STATIC_SCALES:
             return None
+        if not artifact.card["data"].startswith(PUBLISHED):
+            return None  # what somebody measured is what they serve
         search = scale_time(device, self.engine, array(op.m), float(op.k))
         return None if search is None else np.maximum(time - search, _LEAST_LEFT * time)
 

@@ -59,8 +59,11 @@ FORMATS: Mapping[str, tuple[float, float, str]] = {
     "fp4_a8": (BYTES_PER_ELEMENT["fp4"], 1.0, "fp8"),
 }
 
+#: The package whose measured kernels the shipped predictors were fitted on.
+PUBLISHED = "aiconfigurator-core"
 #: Engines whose fp8 checkpoints bring one scale per tensor of activations: TensorRT-LLM's come from ModelOpt,
-#: which writes them. Their GEMM tables hold the search for it (7 us and more on H100), servers do not.
+#: which writes them. Their published GEMM tables hold the search for it (7 us and more on H100), their
+#: servers do not.
 STATIC_SCALES = ("trtllm",)
 
 #: Latent attention as DeepSeek V2 to V3, Kimi K2 and others have it, and as it was measured: sizes of a

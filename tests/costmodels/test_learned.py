@@ -29,7 +29,7 @@ from costmodels import (
     sizes,
 )
 from costmodels.learned.apex import apex_problems
-from costmodels.learned.curves import curve_time, describe
+from costmodels.learned.curves import curve_time, describe, scale_time
 from costmodels.learned.data import Problem, problems
 from costmodels.learned.net import fit_net
 from costmodels.learned.process import fit_process
@@ -61,6 +61,7 @@ from costmodels.learned.train import (
     interval,
     judge,
     train,
+    train_memory,
     train_one,
 )
 from costmodels.learned.trees import content_hash, from_boosting, from_forest, joined, nothing, pack, unpack
@@ -599,6 +600,39 @@ def test_memory_bound_kernels_are_learned() -> None:
         assert 2e-6 < guess.time_s[0] < 8e-6  # two kernels that only start
     assert LearnedModel("vllm").predict(op, A100).kind == "roofline"
     assert np.mean([curve["mape"] for curve in memory_curves().values()]) < 0.05
+
+
+def test_checkpoints_that_bring_their_scales_pay_for_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = np.array([0.0, 1, 64, 4096])
+    search = scale_time(H100, "trtllm", m, 8192.0)
+    assert search is not None
+    assert search[0] == 0.0
+    assert 5e-6 < search[1] < search[2] < search[3] < 100e-6
+    op, wide = Gemm(m, 8192, 8192, "fp8", "fp8"), Gemm(m, 8192, 8192)
+    static, bf16 = (LearnedModel("trtllm").predict(asked, H100) for asked in (op, wide))
+    other = LearnedModel("vllm").predict(op, H100)
+    assert "less the search" in static.source
+    assert "less the search" not in other.source + bf16.source
+    monkeypatch.setattr("costmodels.learned.model.STATIC_SCALES", ())
+    whole = LearnedModel("trtllm").predict(op, H100)
+    # Long kernels are slower in a row than in a burst, the search among them.
+    assert (whole.time_s - static.time_s)[:3] == pytest.approx(search[:3], rel=1e-6, abs=1e-12)
+    # Not how long it takes is in doubt, but whether it may be taken off whole.
+    assert (static.high_s * whole.low_s > whole.high_s * static.low_s)[1:].all()
+
+
+def test_searches_for_scales_become_curves(tmp_path: Path) -> None:
+    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
+    folder = tmp_path / "h100_sxm" / "quantize" / "trtllm" / "1.3.0"
+    folder.mkdir(parents=True)
+    m = 2 ** np.arange(1, 15)
+    frame = pd.DataFrame({"m": m, "k": 4096, "latency": 7e-3 + 1e-9 * m * 4096})
+    pd.concat([frame, frame.assign(latency=0.0)]).to_parquet(folder / "computescale_perf.parquet")
+    assert train_memory(tmp_path, tmp_path) == 1
+    ((key, curve),) = json.loads((tmp_path / "elementwise.json").read_text())["curves"].items()
+    assert key == "h100-sxm-80gb/trtllm/scale"
+    size = 2.0 * 100 * 4096
+    assert curve_time(curve, np.array([size]))[0] == pytest.approx(7e-6 + 5e-13 * size, rel=0.03)
 
 
 def test_a_twin_takes_its_siblings_correction_with_doubt() -> None:
