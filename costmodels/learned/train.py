@@ -28,16 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from costmodels.learned.apex import apex_collectives, apex_problems
-from costmodels.learned.curves import describe
+from costmodels.learned.apex import apex_problems
 from costmodels.learned.data import (
     Problem,
-    collective_tables,
     find_tables,
-    memory_tables,
     power_problems,
     problems,
-    scale_tables,
 )
 from costmodels.learned.net import Net, fit_net
 from costmodels.learned.process import fit_process
@@ -56,6 +52,7 @@ from costmodels.learned.shapes import (
     work_of,
 )
 from costmodels.learned.store import LEAST_SPREAD, POWER, find_shipped
+from costmodels.learned.train_curves import train_collectives, train_memory
 from costmodels.learned.trees import (
     Trees,
     content_hash,
@@ -68,7 +65,7 @@ from costmodels.learned.trees import (
 from costmodels.learned.watts import power_features
 from costmodels.ops import FloatArray
 from costmodels.power import POWER_FITS
-from hardware import InputError, load_catalog
+from hardware import InputError
 
 
 class Setting(NamedTuple):
@@ -391,59 +388,6 @@ def _closed_watts(problem: Problem) -> FloatArray:
     demand = form.live + form.compute * np.sqrt(mfu) + form.memory * np.sqrt(mbu)
     device = problem.device
     return np.asarray(device.idle_w + (device.tdp_w - device.idle_w) * np.minimum(1.0, demand))
-
-
-def train_collectives(
-    tables: Path | None,
-    out_dir: Path,
-    progress: Callable[[str], None] | None = None,
-    apex_dir: Path | None = None,
-) -> int:
-    """Fit every measured collective's curve into `collectives.json`; how many there are."""
-    catalog = load_catalog()
-    curves: dict[str, Any] = {}
-    measured = itertools.chain(
-        collective_tables(tables) if tables is not None else (),
-        apex_collectives(apex_dir) if apex_dir is not None else (),
-    )
-    for key, name, size, seconds, label in measured:
-        if key in curves:
-            continue  # measured twice: the tables that come first are finer
-        link = collective_link(catalog, name)
-        if link:
-            curves[key] = {**describe(size, seconds), "data": label, "link_bytes_per_s": link}
-    if curves:
-        _write_curves(out_dir / "collectives.json", curves)
-        if progress:
-            error = float(np.mean([curve["mape"] for curve in curves.values()]))
-            progress(f"{len(curves)} curves of collectives, left-out sizes {100 * error:.1f} %")
-    return len(curves)
-
-
-def train_memory(tables: Path, out_dir: Path, progress: Callable[[str], None] | None = None) -> int:
-    """Fit the curves of memory-bound kernels into `elementwise.json`; how many there are."""
-    curves = {
-        key: {**describe(size, seconds), "data": label}
-        for key, _, size, seconds, label in itertools.chain(memory_tables(tables), scale_tables(tables))
-    }
-    if curves:
-        _write_curves(out_dir / "elementwise.json", curves)
-        if progress:
-            error = float(np.mean([curve["mape"] for curve in curves.values()]))
-            progress(f"{len(curves)} curves of memory-bound kernels, left-out sizes {100 * error:.1f} %")
-    return len(curves)
-
-
-def _write_curves(path: Path, curves: dict[str, Any]) -> None:
-    text = json.dumps({"license": "Apache-2.0", "curves": curves}, sort_keys=True)
-    path.write_text(text.replace('}, "', '},\n"') + "\n", encoding="utf-8")
-
-
-def collective_link(catalog: Any, device: str) -> float:
-    """Bytes per second and direction of a device's own link inside a node; 0 when it has none known."""
-    entry = catalog.device(device)
-    link = catalog.links.get(entry.scale_up_link) or catalog.links.get(entry.host_link)
-    return float(link.bandwidth_bytes_per_s) if link is not None else 0.0
 
 
 def train_one(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:

@@ -61,9 +61,9 @@ from costmodels.learned.train import (
     interval,
     judge,
     train,
-    train_memory,
     train_one,
 )
+from costmodels.learned.train_curves import train_memory
 from costmodels.learned.trees import content_hash, from_boosting, from_forest, joined, nothing, pack, unpack
 from hardware import InputError, load_catalog
 from hardware.device import CommGroup

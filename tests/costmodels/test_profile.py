@@ -78,7 +78,7 @@ def test_rows_are_written_as_tables_that_training_reads(tmp_path: Path) -> None:
 def test_copies_and_collectives_become_curves(tmp_path: Path) -> None:
     pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
     from costmodels.learned.curves import curve_time
-    from costmodels.learned.train import train_collectives, train_memory
+    from costmodels.learned.train_curves import train_collectives, train_memory
 
     shapes = [row for row in plan_rows(devices=4) if row[0] in ("memory", "nccl")]
     assert {shape["num_gpus"] for family, shape in shapes if family == "nccl"} == {2, 4}
