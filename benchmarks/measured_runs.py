@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from launched import Launched, launched, waiting_steps
 from scipy import stats
 
 from hardware import InputError
@@ -60,13 +61,16 @@ def formats(row: Any) -> dict[str, str]:
     return {"weights": precision, "activations": precision}
 
 
-def batching(row: Any, ranks: int) -> dict[str, Any]:
-    """The limits a benchmark sets: room for its clients; TensorRT-LLM without chunked prefill also needs
-    a token budget that holds a prompt beside them (InferenceX: input + concurrency + 64)."""
+def batching(row: Any, ranks: int, settings: Launched) -> dict[str, Any]:
+    """The limits a benchmark sets: as its server was launched, else room for its clients; TensorRT-LLM
+    without chunked prefill also needs a token budget that holds a prompt beside them."""
     concurrency = int(row.concurrency)
-    found: dict[str, Any] = {"max_num_seqs": max(8, -(-concurrency // ranks))}
+    most = min(concurrency, settings.max_num_seqs or concurrency)
+    found: dict[str, Any] = {"max_num_seqs": max(8, -(-most // ranks))}
     if row.backend == "trtllm":
         found["max_num_batched_tokens"] = max(8192, int(row.isl_nominal) + concurrency + 64)
+    if settings.max_num_batched_tokens:
+        found["max_num_batched_tokens"] = settings.max_num_batched_tokens
     return found
 
 
@@ -80,6 +84,7 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     stage = per_rank * ranks
     concurrency = int(row.concurrency)
     per_node = 4 if row.system.startswith("gb") else 8
+    settings = launched(row)
     uniform = "uniform" in row.length_dist
 
     def lengths(nominal: float) -> dict[str, Any]:
@@ -124,9 +129,10 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
                 "expert": expert if stage % max(1, expert) == 0 else 1,
                 "attention_data": ranks,
             },
-            "quantization": formats(row),
-            "batching": batching(row, ranks),
+            "quantization": formats(row) | ({"kv_cache": settings.kv_cache} if settings.kv_cache else {}),
+            "batching": batching(row, ranks, settings),
             "prefix_caching": False,
+            **({"memory_fraction": settings.memory_fraction} if settings.memory_fraction else {}),
         },
     }
     return request, plan
@@ -143,6 +149,13 @@ def predict(
     try:
         request, plan = question(row)
         asked = planner.load(request)
+        settings = launched(row)
+        if settings.graph_max:
+            tiers = tuple(
+                replace(tier, graph_max=settings.graph_max, graph_max_small_tensor=0)
+                for tier in asked.engine.tiers
+            )
+            asked = replace(asked, engine=replace(asked.engine, tiers=tiers))
         if host is not None:
             asked = replace(asked, engine=with_host(asked.engine, host))
         if run_error is not None:
@@ -157,13 +170,17 @@ def predict(
     except InputError as error:
         return {"problem": str(error)}
     metrics = found.metrics
+    tpot_s = metrics["tpot_s"]["mean"] or float("nan")
+    # The simulator's engines look at their queue at every step; some of these were told not to.
+    wait_s = tpot_s * waiting_steps(settings, row.concurrency, row.osl_nominal)
+    more = {"ttft": wait_s, "tpot": 0.0}
     spread = {}
     for name in ("ttft", "tpot") if intervals else ():
         low, high = found.interval[f"{name}_s"].get("mean", (float("nan"), float("nan")))
-        spread |= {f"{name}_low_ms": low * 1e3, f"{name}_high_ms": high * 1e3}
+        spread |= {f"{name}_low_ms": (low + more[name]) * 1e3, f"{name}_high_ms": (high + more[name]) * 1e3}
     return spread | {
-        "ttft_ms": metrics["ttft_s"]["mean"] * 1e3,
-        "tpot_ms": (metrics["tpot_s"]["mean"] or float("nan")) * 1e3,
+        "ttft_ms": (metrics["ttft_s"]["mean"] + wait_s) * 1e3,
+        "tpot_ms": tpot_s * 1e3,
     }
 
 
@@ -197,13 +214,13 @@ FRONT_END = ("request_s", "request_per_token_s")
 FITTED = {  # first step of the search, most it may be
     # Limits are what the engines' own designs leave plausible: SGLang and vLLM overlap scheduling with the
     # device (SGLang v0.4, "zero-overhead batch scheduler"), and a front end is a few processes.
-    "request_s": (20e-3, 60e-3),
+    "request_s": (10e-3, 40e-3),
     "request_per_token_s": (4e-6, 40e-6),
     "overlap_s": (1e-6, 4e-6),
     "decode_step_s": (0.4e-3, 1e-3),
     "decode_per_sequence_s": (4e-6, 40e-6),
-    "mixed_step_s": (2e-3, 10e-3),
     "mixed_per_token_s": (1e-6, 10e-6),
+    "mixed_launch_s": (2e-6, 10e-6),
 }
 
 

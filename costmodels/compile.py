@@ -278,8 +278,9 @@ def compile_tables(
     eager = m > host.mixed_graph_max_tokens
     moe_at = np.minimum(attention_data * m, moe_reach)
     waiting = np.maximum(0.0, floor[:, None] * host.launch_s - mixed_stages - moe.at(moe_at)) * eager
+    waiting += host.mixed_launch_s * np.where(eager, floor[:, None], attention_launches[:, None])
     waiting[:, 0] = 0.0
-    host_mixed = np.where(m > 0, host.mixed_step_s + m * host.mixed_per_token_s, 0.0)
+    host_mixed = m * host.mixed_per_token_s
     mixed_latency, mixed_cycle = _latency_cycle(mixed_stages + waiting, often)
     mixed_latency, mixed_cycle = mixed_latency + host_mixed, mixed_cycle + host_mixed
 

@@ -207,7 +207,8 @@ class HostOverhead:
     """What an engine's host side adds to a step, from its profile.
 
     decode_step_s + n * decode_per_sequence_s for a decode-only step of n sequences (per rank),
-    mixed_step_s + m * mixed_per_token_s + n * decode_per_sequence_s for one with prefill.
+    m * mixed_per_token_s + launches * mixed_launch_s + n * decode_per_sequence_s for one with prefill of m
+    tokens: all its launches, or those of attention alone where the rest is captured.
     Without a graph every kernel costs at least `launch_s` (the host launches them in turn), so
     a stage takes max(GPU time, launches * launch_s). `graph_sizes` are the captured decode
     batch sizes, ascending (empty: no graphs); a batch is padded to the next one, and runs
@@ -220,8 +221,8 @@ class HostOverhead:
 
     decode_step_s: float = 0.0
     decode_per_sequence_s: float = 0.0
-    mixed_step_s: float = 0.0
     mixed_per_token_s: float = 0.0
+    mixed_launch_s: float = 0.0
     launch_s: float = 0.0
     graph_sizes: tuple[int, ...] = ()
     mixed_graph_max_tokens: int = 0

@@ -202,8 +202,8 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                 for name in (
                     "decode_step_s",
                     "decode_per_sequence_s",
-                    "mixed_step_s",
                     "mixed_per_token_s",
+                    "mixed_launch_s",
                     "launch_s",
                     "mixed_graph_max_tokens",
                     "overlap_s",

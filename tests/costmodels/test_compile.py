@@ -152,6 +152,23 @@ def test_graphs_pad_and_launches_bind_without_them() -> None:
     assert tables.decode_latency_s[0] == 0
 
 
+def test_launches_of_a_step_with_prefill_cost_host_time() -> None:
+    terms, each = llama_70b(), 4e-6
+    plain = build(terms, host=HostOverhead(mixed_graph_max_tokens=512))
+    slow = build(terms, host=HostOverhead(mixed_launch_s=each, mixed_graph_max_tokens=512))
+    more = slow.mixed_latency_s - plain.mixed_latency_s
+    inside = sum(t.launches * sum(t.stage_counts) for t in terms if t.size in ("tokens", "micro_batch"))
+    attention = sum(t.launches * sum(t.stage_counts) / 2 for t in terms if t.size in ("prefill", "decode"))
+    assert more[0] == 0
+    # Captured up to 512 tokens: only attention, which graphs leave out, is launched by the host.
+    assert more[1:513] == pytest.approx(each * attention)
+    assert more[513:] == pytest.approx(each * (attention + inside))
+    assert slow.decode_latency_s == pytest.approx(plain.decode_latency_s)
+    assert sum(values["mixed"][600] for values in slow.breakdown_s.values()) == pytest.approx(
+        slow.mixed_latency_s[600]
+    )
+
+
 def test_pipeline_latency_and_cycle() -> None:
     one, four = build(llama_70b(4, 1)), build(llama_70b(4, 4), pipeline=4, devices_per_worker=16)
     assert four.mixed_latency_s[512] == pytest.approx(one.mixed_latency_s[512])
