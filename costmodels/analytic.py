@@ -6,7 +6,7 @@ import numpy as np
 
 from costmodels.base import Prediction
 from costmodels.collectives import collective_interval, collective_time
-from costmodels.fitted import Choice, choose, vendor_efficiency
+from costmodels.fitted import Choice, choose, power_headroom, vendor_efficiency
 from costmodels.kernels import Rates, decode_time, gemm_time, moe_time, prefill_time
 from costmodels.ops import (
     Collective,
@@ -178,7 +178,7 @@ class RooflineModel:
         if half:
             compute = "bf16" if "bf16" in device.peak_flops_per_s else "fp16"
         return Rates(
-            peak_flops_per_s(device, compute) * share,
+            peak_flops_per_s(device, compute) * share * power_headroom(device, choice),
             device.memory_bandwidth_bytes_per_s * share,
             float(device.sm_count if device.sm_count >= _FEWEST_UNITS else _STAND_IN_UNITS),
         )

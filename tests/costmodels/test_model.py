@@ -18,7 +18,7 @@ from costmodels import (
     default_cost_model,
     utilisation,
 )
-from costmodels.fitted import choose, coefficient_sets
+from costmodels.fitted import choose, coefficient_sets, power_headroom
 from hardware import Device, load_catalog
 from tests.costmodels.conformance import check
 from tests.costmodels.devices import A100, ALL, B200, H100, MI300X
@@ -69,6 +69,25 @@ def test_borrowed_sets_say_so_and_are_wider() -> None:
     assert other.high / other.low > own.high / own.low
     twin = replace(H100, name="h100-sxm-96gb", kernels_like="h100-sxm-80gb")
     assert choose(twin, "vllm", "gemm", "bf16").fit.device == "h100-sxm-80gb"
+
+
+def test_a_relative_with_more_power_keeps_its_clock() -> None:
+    devices, model = load_catalog().devices, RooflineModel("vllm", sustained=False)
+    op = Gemm(8192.0, 8192, 8192, "bf16", "bf16")
+    share = {
+        name: float(utilisation(op, devices[name], model.predict(op, devices[name]).time_s)[0])
+        for name in ("rtx-4090", "l40s", "l4")
+    }
+    # 450 W for 165 TFLOP/s against 350 W for 362; an L4 has 72 W for 121 and gains nothing.
+    assert share["l40s"] < 0.7
+    assert 0.75 < share["rtx-4090"] <= 0.9
+    assert share["l4"] <= share["l40s"] + 0.05
+    borrowed = choose(devices["rtx-4090"], "vllm", "gemm", "bf16")
+    assert borrowed.fit.device == "l40s"
+    assert 1.0 < power_headroom(devices["rtx-4090"], borrowed) < 1.4
+    for name, fit in (("l40s", "l40s"), ("l4", "l40s"), ("mi300x-192gb", "h100-sxm-80gb")):
+        found = choose(devices[name], "vllm", "gemm", "bf16")
+        assert (found.fit.device, power_headroom(devices[name], found)) == (fit, 1.0)
 
 
 def test_large_gemm_reaches_published_utilisation() -> None:
