@@ -108,7 +108,11 @@ def _minimax_vllm(row: Any) -> Launched:
 
 
 def _kimi_vllm(row: Any) -> Launched:
-    return Launched(None, None, int(row.concurrency), 0.95 if row.system == "h200_sxm" else 0.9)
+    if row.precision == "int4":
+        return Launched(None, None, int(row.concurrency), 0.95)
+    if _version(row) < (0, 19):
+        return Launched(None, None, int(row.concurrency), 0.9)
+    return Launched("fp8", 2 * int(row.isl_nominal), int(row.concurrency), 0.9, 2048)
 
 
 def _polled(row: Any) -> int:
@@ -155,6 +159,8 @@ def _qwen_sglang(row: Any) -> Launched:
 def _glm_sglang(row: Any) -> Launched:
     if row.system == "h200_sxm":
         return Launched(memory_fraction=0.85)
+    if row.precision == "fp4":
+        return Launched("fp8", 32768, None, 0.9, 256, 10)
     return Launched("fp8", 32768, int(row.concurrency), 0.85, int(row.concurrency))
 
 
