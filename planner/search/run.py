@@ -35,6 +35,8 @@ _RACE_SHARE = 0.2
 _ROUND = 128
 #: Open plans up to which a gap reads the pieces of their bounds, beyond it only the corners.
 _MOST_PIECES = 4000
+#: What a search leaves of its budget for its gap and the intervals of its front: a share, at most so many s.
+_FINISH_SHARE, _MOST_FINISH_S = 0.1, 3.0
 #: How many plans nearest to the SLO are simulated when none can meet it.
 _NEAREST = 5
 
@@ -371,7 +373,8 @@ class SearchRun:
         if self.is_cancelled is not None and self.is_cancelled():
             self.complete, self.reason = False, "cancelled"
             return True
-        if done and self.clock() - self.start > share * self.budget_s:
+        finish_s = min(_MOST_FINISH_S, _FINISH_SHARE * self.budget_s)
+        if done and self.clock() - self.start > share * (self.budget_s - finish_s):
             self.complete, self.reason = False, f"the budget of {self.budget_s:g} s ran out"
             return True
         return False
