@@ -66,6 +66,8 @@ class EngineProfile:
     graph_scheme: str
     tiers: tuple[Tier, ...]
     host: HostOverhead
+    # Seconds that the host takes to launch a kernel when graphs are switched off, and compilation with them.
+    eager_launch_s: float
     request_s: float
     request_per_token_s: float
     # Measured / predicted of whole runs, (5th, 95th percentile) by metric: what kernels' intervals leave out.
@@ -111,6 +113,7 @@ class EngineProfile:
         return replace(
             self.host,
             graph_sizes=sizes,
+            launch_s=self.host.launch_s if cuda_graphs else self.eager_launch_s,
             mixed_graph_max_tokens=self.host.mixed_graph_max_tokens if cuda_graphs else 0,
         )
 
@@ -210,6 +213,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                 )
             }
         ),
+        eager_launch_s=host["eager_launch_s"],
         request_s=host["request_s"],
         request_per_token_s=host["request_per_token_s"],
         run_error=MappingProxyType({name: tuple(host[f"{name}_error"]) for name in ("tpot", "ttft")}),
