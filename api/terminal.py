@@ -88,9 +88,11 @@ def plan_words(plan: Mapping[str, Any]) -> str:
     weights = formats["weights"]
     if formats["activations"] not in (weights, "bf16", "fp16"):
         weights += f"/{formats['activations']}"
+    clock = worker.get("gpu_clock_hz")
     return (
         f"{plan['replicas']} x {' '.join(cut)}, {weights}, KV {formats['kv_cache']}, "
         f"{batching['max_num_seqs']} seqs / {batching['max_num_batched_tokens']} tokens"
+        + (f", {clock / 1e6:.0f} MHz" if clock else "")
     )
 
 

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from costmodels.analytic import RooflineModel, utilisation
 from costmodels.base import CostModel, Prediction
+from costmodels.clocks import AtClock, clock_problem
 from costmodels.collectives import collective_time
 from costmodels.compile import compile_tables, lookup_decode_attention, lookup_prefill_attention
 from costmodels.learned import LearnedModel, artifact_rows
@@ -33,6 +34,7 @@ from costmodels.table import HostOverhead, StepTables, Term
 
 __all__ = [
     "BYTES_PER_ELEMENT",
+    "AtClock",
     "Collective",
     "CostModel",
     "DecodeAttention",
@@ -52,6 +54,7 @@ __all__ = [
     "artifact_rows",
     "bytes_moved",
     "causal_pairs",
+    "clock_problem",
     "collective_time",
     "compile_tables",
     "compute_format",

@@ -54,8 +54,8 @@ SUSTAINED_SLOPE = 0.33
 SUSTAINED_DEMAND = (0.75, 0.90)
 
 
-def _demand(op: Operator, device: Device, time_s: FloatArray) -> FloatArray:
-    """Share of (TDP - idle) that the kernel would draw without a cap; may exceed 1."""
+def _terms(op: Operator, device: Device, time_s: FloatArray) -> tuple[float, FloatArray, FloatArray]:
+    """Shares of (TDP - idle) that clocks, arithmetic and memory would draw without a cap."""
     seconds = np.where(time_s > 0, time_s, np.inf)
     compute = arithmetic(op, device)
     fit = POWER_FITS.get(
@@ -63,7 +63,22 @@ def _demand(op: Operator, device: Device, time_s: FloatArray) -> FloatArray:
     )
     mfu = np.clip(flops(op) / peak_flops_per_s(device, compute) / seconds, 0.0, 1.0)
     mbu = np.clip(bytes_moved(op) / device.memory_bandwidth_bytes_per_s / seconds, 0.0, 1.0)
-    return np.asarray(fit.live + fit.compute * np.sqrt(mfu) + fit.memory * np.sqrt(mbu), dtype=np.float64)
+    return fit.live, fit.compute * np.sqrt(mfu), fit.memory * np.sqrt(mbu)
+
+
+def _demand(op: Operator, device: Device, time_s: FloatArray) -> FloatArray:
+    """Share of (TDP - idle) that the kernel would draw without a cap; may exceed 1."""
+    live, compute, memory = _terms(op, device, time_s)
+    return np.asarray(live + compute + memory, dtype=np.float64)
+
+
+def demand_shares(
+    op: Operator, device: Device, time_s: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """What part of the watts above idle clocks, arithmetic and memory draw; the three add up to 1."""
+    live, compute, memory = _terms(op, device, time_s)
+    whole = live + compute + memory
+    return live / whole, compute / whole, memory / whole
 
 
 def operator_power(op: Operator, device: Device, time_s: FloatArray) -> FloatArray:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from costmodels import CostModel, StepTables, compile_tables
+from costmodels import AtClock, CostModel, StepTables, compile_tables
 from hardware import Cluster, InputError
 from planner.bounds import STATISTICS, WorkBounds, WorkFacts, metric_bounds, work_bounds
 from planner.engines import EngineProfile
@@ -155,7 +155,7 @@ class Evaluator:
         """Why the plan cannot serve this workload at all, or None."""
         built = (
             point.pool, point.replicas, point.tensor, point.pipeline, point.expert, point.attention_data,
-            point.weights, point.activations, point.kv_cache,
+            point.weights, point.activations, point.kv_cache, point.gpu_clock_hz,
         )  # fmt: skip
         if built not in self._problems:
             problem = check_plan(point, self.spec, self.cluster)
@@ -189,7 +189,7 @@ class Evaluator:
         """What the step tables of a plan depend on."""
         return (
             self._identity[point.pool], point.tensor, point.pipeline, point.expert, point.attention_data,
-            point.weights, point.activations, point.kv_cache,
+            point.weights, point.activations, point.kv_cache, point.gpu_clock_hz,
             point.cuda_graphs, self._sizes(point), _round_up(self.longest_sequence_tokens),
         )  # fmt: skip
 
@@ -228,7 +228,7 @@ class Evaluator:
         compiled = compile_tables(
             terms,
             pool.device,
-            self.model,
+            self.model if point.gpu_clock_hz is None else AtClock(self.model, point.gpu_clock_hz),
             pipeline=degrees.pipeline,
             attention_data=degrees.attention_data,
             max_slot_tokens=tokens,

@@ -8,12 +8,13 @@ asked for: plan `i` is worked out from its index.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from costmodels import supports
+from costmodels import clock_problem, supports
 from hardware import Cluster, Device, InputError, Pool
 from planner.engines import EngineProfile
 from planner.models import Degrees, ModelSpec, check_degrees
@@ -39,6 +40,7 @@ class PlanPoint:
     cuda_graphs: bool
     memory_fraction: float
     prefix_caching: bool
+    gpu_clock_hz: float | None = None  # None: as fast as the device goes
 
     @property
     def degrees(self) -> Degrees:
@@ -83,6 +85,7 @@ class PlanPoint:
                 },
                 "memory_fraction": self.memory_fraction,
                 "prefix_caching": self.prefix_caching,
+                "gpu_clock_hz": self.gpu_clock_hz,
                 "speculative": None,
                 "kv_offload": None,
             },
@@ -91,11 +94,14 @@ class PlanPoint:
     @property
     def id(self) -> str:
         """Twelve hex digits of the plan's own content: the same plan has the same id everywhere."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        plan = self.to_dict()
+        if self.gpu_clock_hz is None:
+            del plan["worker"]["gpu_clock_hz"]  # ids are older than the field
+        text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def label(self) -> str:
-        """Short name: `2x TP4 PP2 fp8 kv-fp8 b256/8192` (sequences / tokens of a step)."""
+        """Short name: `2x TP4 fp8 kv-fp8 b256/8192 @1410MHz` (sequences / tokens of a step)."""
         parts = [f"TP{self.tensor}"]
         if self.pipeline > 1:
             parts.append(f"PP{self.pipeline}")
@@ -104,6 +110,8 @@ class PlanPoint:
         if self.expert > 1:
             parts.append(f"EP{self.expert}")
         parts += [self.weights, f"kv-{self.kv_cache}", f"b{self.max_num_seqs}/{self.max_num_batched_tokens}"]
+        if self.gpu_clock_hz is not None:
+            parts.append(f"@{self.gpu_clock_hz / 1e6:.0f}MHz")
         name = " ".join(parts)
         if self.replicas > 1:
             name = f"{self.replicas}x {name}"
@@ -132,6 +140,11 @@ def half_format(device: Device) -> str:
 def check_formats(device: Device, weights: str, activations: str, kv_cache: str) -> str | None:
     """Why the device cannot run these formats, or None."""
     return supports(device, weights, activations, kv_cache)
+
+
+def check_clock(device: Device, clock_hz: float | None) -> str | None:
+    """Why the device's cores cannot be planned at this clock, or None."""
+    return None if clock_hz is None else clock_problem(device, clock_hz)
 
 
 def default_formats(spec: ModelSpec, device: Device) -> tuple[str, str, str]:
@@ -174,11 +187,12 @@ def _is_large(pool: Pool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who holds which part of the model, in one pool."""
+    """Who holds which part of the model, in one pool, and at which core clock."""
 
     pool: str
     replicas: int
     degrees: Degrees
+    gpu_clock_hz: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +234,10 @@ class PlanSpace:
             batching = self.batching(pool, degrees)
             problem = check_degrees(self.spec, degrees)
             for replicas in self._replicas(total // max(1, _worker(degrees)), fine=_is_large(pool)):
-                layout = Layout(pool.name, replicas, degrees)
-                for names in formats:
+                for clock, names in itertools.product(self.limits.gpu_clock_hz or (None,), formats):
+                    layout = Layout(pool.name, replicas, degrees, clock)
                     self._size += len(batching)
-                    reason = problem or check_formats(pool.device, *names)
+                    reason = problem or check_formats(pool.device, *names) or check_clock(pool.device, clock)
                     if reason:
                         self.excluded.append(Excluded(layout, names, reason, len(batching)))
                     else:
@@ -331,6 +345,7 @@ class PlanSpace:
             yield PlanPoint(
                 layout.pool, layout.replicas, degrees.tensor, degrees.pipeline, degrees.expert,
                 degrees.attention_data, *formats, seqs, tokens, chunked, graphs, fraction, prefix,
+                layout.gpu_clock_hz,
             )  # fmt: skip
 
 
@@ -411,6 +426,7 @@ def resolve_plan(
             token_budget=budget,
         ),
         prefix_caching=engine.prefix_caching if worker.prefix_caching is None else worker.prefix_caching,
+        gpu_clock_hz=worker.gpu_clock_hz,
     )
 
 
@@ -442,4 +458,7 @@ def check_plan(point: PlanPoint, spec: ModelSpec, cluster: Cluster) -> PlanProbl
     reason = check_formats(pool.device, point.weights, point.activations, point.kv_cache)
     if reason:
         return PlanProblem("worker.quantization", reason)
+    reason = check_clock(pool.device, point.gpu_clock_hz)
+    if reason:
+        return PlanProblem("worker.gpu_clock_hz", reason)
     return None

@@ -62,6 +62,15 @@ Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
+def _hertz(value: float) -> float:
+    if value < 1e6:
+        raise ValueError(f"is in Hz: write {value:g} MHz as {value * 1e6:g}")
+    return value
+
+
+Clock = Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False, strict=True), AfterValidator(_hertz)]
+
+
 class StrictModel(BaseModel):
     """Frozen, no unknown fields, no NaN."""
 
@@ -239,6 +248,7 @@ class SpaceLimits(StrictModel):
     cuda_graphs: Choices[Flag] | None = None
     prefix_caching: Choices[Flag] | None = None
     memory_fraction: Choices[Fraction] | None = None
+    gpu_clock_hz: Choices[Clock | None] | None = None
 
     @field_validator("*")
     @classmethod
@@ -362,6 +372,7 @@ class Worker(StrictModel):
     batching: Batching = Batching()
     memory_fraction: Fraction | None = None
     prefix_caching: Flag | None = None
+    gpu_clock_hz: Clock | None = None
     speculative: Speculative | None = None
     kv_offload: KvOffload | None = None
 

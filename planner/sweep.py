@@ -233,6 +233,8 @@ def _label(plan: Mapping[str, Any]) -> str:
             parts.append(f"{short}{degrees[name]}")
     parts += [formats["weights"], f"kv-{formats['kv_cache']}"]
     parts.append(f"b{batching['max_num_seqs']}/{batching['max_num_batched_tokens']}")
+    if worker.get("gpu_clock_hz"):
+        parts.append(f"@{worker['gpu_clock_hz'] / 1e6:.0f}MHz")
     text = " ".join(parts)
     return f"{plan['replicas']}x {text}" if plan["replicas"] > 1 else text
 

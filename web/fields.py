@@ -9,6 +9,7 @@ from typing import Any
 from planner.workload import PRESETS
 from web.forms import (
     DEFAULTS,
+    FULL_CLOCK,
     MAX_POOLS,
     OBJECTIVE_NAMES,
     POOL_DEFAULTS,
@@ -253,7 +254,13 @@ def _space(form: Form, left: dict[str, Any]) -> None:
     space = left.get("space")
     if not isinstance(space, dict):
         return
-    for name in SPACE:
+    for name, (_, kind) in SPACE.items():
         values = space.get(name)
-        if isinstance(values, (list, tuple)) and all(isinstance(v, (str, int, float)) for v in values):
-            form.space[name] = ", ".join(text(value) for value in space.pop(name))
+        if not isinstance(values, (list, tuple)):
+            continue
+        if kind == "clock" and all(v is None or isinstance(v, (int, float)) for v in values):
+            # Hertz in a request, megahertz on a page, as the tools that lock clocks have them.
+            values = [FULL_CLOCK if v is None else float(f"{v / 1e6:.12g}") for v in values]
+        if all(isinstance(v, (str, int, float)) for v in values):
+            form.space[name] = ", ".join(text(value) for value in values)
+            del space[name]

@@ -86,6 +86,8 @@ POOL_DEFAULTS: dict[str, str] = {
     "price": "",
 }
 DEFAULT_OBJECTIVES = ("latency", "energy", "cost")
+#: What stands for an unlocked clock among megahertz.
+FULL_CLOCK = "full"
 #: Limits of the plan space: field -> (words, kind of its values).
 SPACE: dict[str, tuple[str, str]] = {
     "replicas": ("Replicas", "whole"),
@@ -104,6 +106,7 @@ SPACE: dict[str, tuple[str, str]] = {
     "cuda_graphs": ("CUDA graphs", "flag"),
     "prefix_caching": ("Prefix caching", "flag"),
     "memory_fraction": ("Memory fraction", "number"),
+    "gpu_clock_hz": ("GPU clocks (MHz)", "clock"),
     "serving": ("Serving", "text"),
 }
 #: SLO metric -> (field of its value, field of its statistic, how many of the field's unit are a second).
@@ -485,6 +488,8 @@ def _limit(form: Form, name: str, word: str, kind: str) -> Any:
         return _whole(form, name, text=word) or 1
     if kind == "number":
         return _number(form, name, text=word) or 1.0
+    if kind == "clock":
+        return None if word.lower() == FULL_CLOCK else 1e6 * (_number(form, name, text=word) or 1000.0)
     return word
 
 

@@ -80,6 +80,8 @@ def _worker_label(worker: Mapping[str, Any], replicas: int) -> str:
         text += f", {formats['weights']}"
     if formats.get("kv_cache") and formats["kv_cache"] != "bf16":
         text += f", {formats['kv_cache']} KV"
+    if worker.get("gpu_clock_hz"):
+        text += f", {worker['gpu_clock_hz'] / 1e6:.0f} MHz"
     return text
 
 
@@ -92,7 +94,9 @@ def plan_settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
             for key, inner in value.items():
                 walk(inner, f"{path}.{key}" if path else str(key))
         elif value is not None:
-            rows.append((path, ("yes" if value else "no") if isinstance(value, bool) else str(value)))
+            whole = isinstance(value, float) and value.is_integer()
+            text = f"{value:.0f}" if whole else str(value)
+            rows.append((path, ("yes" if value else "no") if isinstance(value, bool) else text))
 
     walk(plan, "")
     return [(name.removeprefix("worker."), text) for name, text in rows]

@@ -145,6 +145,12 @@ def launch_of(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) 
             place: source for place, source in _TRTLLM_SOURCES.items() if _stands(launch.config, place)
         }
     _check_cache(launch, worker["quantization"]["kv_cache"])
+    if worker.get("gpu_clock_hz"):
+        mhz = f"{worker['gpu_clock_hz'] / 1e6:.0f}"
+        launch.notes.append(
+            "The plan locks core clocks. On every node, as root, before serving: nvidia-smi "
+            f"--lock-gpu-clocks={mhz},{mhz} (nvidia-smi --reset-gpu-clocks undoes it)."
+        )
     return launch
 
 

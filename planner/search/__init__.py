@@ -47,7 +47,9 @@ def choose_searcher(
         return SEARCHERS[method](), ""
     if space is None:
         return ExhaustiveSearch(), ""
-    shapes = len({(layout.pool, layout.degrees, formats) for layout, formats in space.groups})
+    shapes = len(
+        {(layout.pool, layout.degrees, layout.gpu_clock_hz, formats) for layout, formats in space.groups}
+    )
     plans = sum(
         len(space.batching(space.cluster.pool(layout.pool), layout.degrees)) for layout, _ in space.groups
     )

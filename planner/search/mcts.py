@@ -492,6 +492,6 @@ def _path(layout: Any, formats: tuple[str, str, str]) -> tuple[Any, ...]:
         layout.pool,
         (degrees.tensor, degrees.pipeline),
         (degrees.attention_data, degrees.expert),
-        formats,
+        (formats, layout.gpu_clock_hz),
         layout.replicas,
     )

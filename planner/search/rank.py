@@ -18,6 +18,8 @@ FloatArray = npt.NDArray[np.float64]
 
 #: How many simulations of a worker weigh as much as what is known of all; weight of the regression's prior.
 _SHRINK, _RIDGE = 2.0, 1.0
+#: Stands for an unlocked core clock among locked ones.
+_FULL_CLOCK_HZ = 2e9
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +73,7 @@ class Ranks:
             point = item.point
             worker = (
                 point.pool, point.tensor, point.pipeline, point.expert, point.attention_data, point.weights,
-                point.kv_cache, point.activations,
+                point.kv_cache, point.activations, point.gpu_clock_hz,
             )  # fmt: skip
             group = (worker, point.replicas, point.max_num_seqs)
             self._levels.append(
@@ -91,7 +93,10 @@ class Ranks:
             codes = [
                 float(self._names.setdefault((at, name), len(self._names))) for at, name in enumerate(names)
             ]
-            flags = [float(point.cuda_graphs), float(point.chunked_prefill), float(point.prefix_caching)]
+            flags = [
+                float(point.cuda_graphs), float(point.chunked_prefill), float(point.prefix_caching),
+                (point.gpu_clock_hz or _FULL_CLOCK_HZ) / _FULL_CLOCK_HZ,
+            ]  # fmt: skip
             self._rows.append([*sizes, *flags, *codes])
             self.at[point] = len(self.items)
             self.items.append(item)

@@ -157,6 +157,14 @@ def test_trtllm_keeps_its_cache_settings_in_yaml() -> None:
     assert options(artifact.files["run.sh"])["--config"] == "config.yaml"
 
 
+@pytest.mark.parametrize("target", ["vllm", "kubernetes", "dynamo", "rayserve"])
+def test_a_locked_clock_is_told_to_whoever_starts_it(target: str) -> None:
+    text = export_plan(plan(gpu_clock_hz=1.41e9), request("vllm"), target).text()
+    assert "# The plan locks core clocks." in text
+    assert "nvidia-smi --lock-gpu-clocks=1410,1410 " in text
+    assert "clocks" not in export_plan(plan(gpu_clock_hz=None), request("vllm"), target).text()
+
+
 def test_without_graphs_and_chunks() -> None:
     bare = plan(batching={"cuda_graphs": False, "chunked_prefill": False}, prefix_caching=True)
     found = options(export_plan(bare, request("vllm"), "vllm").files["run.sh"])

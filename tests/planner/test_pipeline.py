@@ -240,6 +240,7 @@ def test_a_plan_that_does_not_fit_is_an_answer(planner: Planner) -> None:
         ({"worker": {"parallelism": {"tensor": 3}}}, "plan.worker.parallelism", "3"),
         ({"replicas": 3, "worker": {}}, "plan.replicas", "the plan takes 3 devices, pool 'main' has 2"),
         ({"worker": {"quantization": {"activations": "fp4"}}}, "plan.worker.quantization", "fp4"),
+        ({"worker": {"gpu_clock_hz": 3e8}}, "plan.worker.gpu_clock_hz", "300 MHz is outside"),
     ],
 )
 def test_a_plan_that_cannot_be_built_names_its_field(
@@ -260,6 +261,7 @@ def test_a_plan_that_cannot_be_built_names_its_field(
         ({"prices": {"l40s": 1.0, "L40S": 2.0}}, "prices.L40S"),
         ({"engine": {"name": "vllm", "version": "0.1"}}, "engine.version"),
         ({"space": {"tensor": [3]}}, "space"),
+        ({"space": {"gpu_clock_hz": [1410]}}, "space.gpu_clock_hz[0]"),
         ({"space": {"serving": ["disaggregated"]}}, "space.serving"),
         ({"search": {"method": "annealing"}}, "search.method"),
         ({"workload": {"trace": {"path": "/nowhere/x.jsonl"}}}, "workload.trace.path"),
@@ -360,6 +362,33 @@ def test_two_models_of_one_name_do_not_share_their_tables(planner: Planner) -> N
     full = question.evaluator(tables=shared).evaluate(point, interval=False).metrics
     half = other.evaluator(tables=shared).evaluate(point, interval=False).metrics
     assert half["tpot_s"]["mean"] < 0.8 * full["tpot_s"]["mean"]
+
+
+def test_a_lower_clock_trades_time_for_energy(planner: Planner) -> None:
+    clocks = [None, 1.41e9, 1e9]
+    asked = request_of(
+        objectives=["latency", "energy"],
+        space={**SMALL, "gpu_clock_hz": clocks, "tensor": [1], "pipeline": [1], "replicas": [1]},
+    )
+    found = planner.plan(asked).to_dict()
+    assert found["search"]["certified"]
+    by_clock: dict[Any, dict[Any, dict[str, Any]]] = {}
+    for entry in found["plans"]:
+        worker = entry["plan"]["worker"]
+        rest = json.dumps({**worker, "gpu_clock_hz": None}, sort_keys=True)
+        by_clock.setdefault(rest, {})[worker["gpu_clock_hz"]] = entry["metrics"]
+    compared = [rows for rows in by_clock.values() if len(rows) == len(clocks)]
+    assert compared
+    for rows in compared:
+        e2e = [rows[clock]["e2e_s"]["mean"] for clock in clocks]
+        joules = [rows[clock]["energy_j_per_output_token"] for clock in clocks]
+        assert e2e == sorted(e2e)
+        assert joules[0] > joules[1]
+    on_front = {e["plan"]["worker"]["gpu_clock_hz"] for e in found["plans"] if e["id"] in found["front"]}
+    assert None in on_front
+    assert len(on_front) > 1
+    kinds = {row["kind"] for row in found["provenance"]["cost_models"] if "MHz" in row["source"]}
+    assert kinds == {"transferred"}
 
 
 def test_hosts_and_cooling_are_on_the_meter() -> None:

@@ -41,6 +41,7 @@ SPACES = [
     {"device": "t4", "devices": 2, "engine": "trtllm"},
     {"engine": "sglang", "devices": 3},
     {"tensor": (1, 3, 8), "replicas": (1, 2)},
+    {"devices": 2, "gpu_clock_hz": (None, 1.2e9, 1e8)},
 ]
 
 
@@ -128,6 +129,24 @@ def test_fixed_values_are_kept() -> None:
     for name, (value,) in pins.items():
         assert getattr(points[0], name) == value, name
     assert points[0].devices == 6
+
+
+def test_clocks_are_a_choice_where_they_are_asked_for() -> None:
+    free = list(space_of(devices=2))
+    assert {p.gpu_clock_hz for p in free} == {None}
+    space = space_of(devices=2, gpu_clock_hz=(None, 1.41e9, 9e9))
+    points = list(space)
+    assert {p.gpu_clock_hz for p in points} == {None, 1.41e9}
+    assert len(points) == 2 * len(free)
+    assert len(space) == 3 * len(free)
+    assert {p.id for p in free} < {p.id for p in points}
+    assert {item.reason for item in space.excluded} == {
+        "a core clock of 9000 MHz is outside what is modelled of h100-sxm-80gb, 732 to 2104 MHz"
+    }
+    assert "@1410MHz" in next(p.label() for p in points if p.gpu_clock_hz)
+    assert all(
+        "NVIDIA" in item.reason for item in space_of(device="mi300x-192gb", gpu_clock_hz=(1e9,)).excluded
+    )
 
 
 def test_engine_defaults_come_first() -> None:

@@ -80,7 +80,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "workload": {"trace": {"path": "upload:" + "0" * 28, "rate_scale": 2.0, "limit": 100}},
         "slo": {"ttft_s": {"p95": 0.3, "p99": 0.9}, "e2e_s": {"mean": 12.5}},
         "prices": {"l40s": 0.8, "a10": 0.5},
-        "space": {"tensor": [1, 2], "prefix_caching": [True, False], "memory_fraction": [0.85]},
+        "space": {
+            "tensor": [1, 2],
+            "prefix_caching": [True, False],
+            "memory_fraction": [0.85],
+            "gpu_clock_hz": [None, 1.41e9, 1.2345e9],
+        },
         "search": {"method": "mcts", "budget_s": 7.5, "seed": 3},
     },
     "shaped": {
