@@ -305,11 +305,13 @@ def compile_tables(
     moe_decode_at = np.minimum(moe_decode_at, moe_reach)
     most = attention_data * max_slot_tokens
     moe_latency, moe_cycle = _latency_cycle(moe.stages, often)
-    moe_mixed_latency = spread(moe.sizes, moe_latency, most)
+    # Waiting costs time, and energy at rest only: work and the energy above idle stay as they are.
+    slower = 1.0 + host.mixed_experts_share
+    moe_mixed_latency = slower * spread(moe.sizes, moe_latency, most)
     moe_decode_latency = np.interp(moe_decode_at, moe.sizes, moe_latency)
     moe_mixed_cycle, moe_decode_cycle = moe_mixed_latency, moe_decode_latency
     if moe_cycle is not moe_latency:
-        moe_mixed_cycle = spread(moe.sizes, moe_cycle, most)
+        moe_mixed_cycle = slower * spread(moe.sizes, moe_cycle, most)
         moe_decode_cycle = np.interp(moe_decode_at, moe.sizes, moe_cycle)
 
     def account(part: _Sum, values: FloatArray, where: IntArray | int) -> Sampled:
@@ -325,10 +327,10 @@ def compile_tables(
         "logits": (logits, seqs),
     }
 
-    def accounts(of: Callable[[_Sum], FloatArray], factor: float) -> dict[str, FloatArray]:
+    def accounts(of: Callable[[_Sum], FloatArray], factor: float, wait: float = 1.0) -> dict[str, FloatArray]:
         found: dict[str, Any] = {}
         for name, (part, where) in at.items():
-            values = of(part) * factor
+            values = of(part) * (factor * wait if name == "moe_mixed" else factor)
             # Routed experts over many ranks have a million sizes: no curve that is zero everywhere.
             if name in ("mixed", "decode") or values.any():
                 found[name] = account(part, values, where)
@@ -336,7 +338,11 @@ def compile_tables(
         return found
 
     breakdown: dict[str, dict[str, FloatArray]] = {
-        category: accounts(lambda part, name=category: part.categories[name], 1.0 / pipeline)  # type: ignore[misc]
+        category: accounts(
+            lambda part, name=category: part.categories[name],  # type: ignore[misc]
+            1.0 / pipeline,
+            slower,
+        )
         for category in CATEGORIES
     }
     breakdown["host"] = {

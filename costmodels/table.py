@@ -214,6 +214,9 @@ class HostOverhead:
     batch sizes, ascending (empty: no graphs); a batch is padded to the next one, and runs
     without a graph above the last. `mixed_graph_max_tokens`: steps with prefill up to this many
     tokens are captured too (piecewise graphs), so that launches cost nothing.
+    `mixed_experts_share`: how much longer routed experts and their exchange take in a step with prompts than
+    their kernels alone, as a share: every rank waits for the fullest, and prompts route less evenly than the
+    tokens that kernels are measured with.
     `overlap_s`: how much of each kernel of a step hides behind its neighbours. Kernels are measured
     alone, with their start and drain; in a step the next one is prefetched or fused (programmatic
     dependent launch), but none gets faster than its roofline.
@@ -223,6 +226,7 @@ class HostOverhead:
     decode_per_sequence_s: float = 0.0
     mixed_per_token_s: float = 0.0
     mixed_launch_s: float = 0.0
+    mixed_experts_share: float = 0.0
     launch_s: float = 0.0
     graph_sizes: tuple[int, ...] = ()
     mixed_graph_max_tokens: int = 0

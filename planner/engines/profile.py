@@ -207,6 +207,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                     "decode_per_sequence_s",
                     "mixed_per_token_s",
                     "mixed_launch_s",
+                    "mixed_experts_share",
                     "launch_s",
                     "mixed_graph_max_tokens",
                     "overlap_s",

@@ -169,6 +169,22 @@ def test_launches_of_a_step_with_prefill_cost_host_time() -> None:
     )
 
 
+def test_routed_experts_of_steps_with_prompts_wait_for_the_fullest_rank() -> None:
+    experts = Term("experts", "moe", "micro_batch", lambda t: GroupedGemm(t, 2048, 1024, 64, 32, 8), (48,))
+    terms = [*llama_70b(), experts]
+    plain = build(terms, attention_data=2)
+    slow = build(terms, attention_data=2, host=HostOverhead(mixed_experts_share=0.5))
+    assert slow.moe_mixed_latency_s == pytest.approx(1.5 * plain.moe_mixed_latency_s)
+    assert slow.moe_mixed_cycle_s == pytest.approx(1.5 * plain.moe_mixed_cycle_s)
+    assert slow.breakdown_s["moe"]["moe_mixed"][900] == pytest.approx(slow.moe_mixed_latency_s[900], rel=1e-6)
+    for name in ("mixed_latency_s", "decode_latency_s", "moe_decode_latency_s"):
+        assert getattr(slow, name) == pytest.approx(getattr(plain, name))
+    for values in ("energy_j", "flops", "bytes_moved"):  # waiting is no work
+        assert getattr(slow, values)["moe_mixed"][900] == pytest.approx(
+            getattr(plain, values)["moe_mixed"][900]
+        )
+
+
 def test_pipeline_latency_and_cycle() -> None:
     one, four = build(llama_70b(4, 1)), build(llama_70b(4, 4), pipeline=4, devices_per_worker=16)
     assert four.mixed_latency_s[512] == pytest.approx(one.mixed_latency_s[512])
