@@ -4,8 +4,9 @@ An internal node is a feature and a threshold; its left child is the next node, 
 the left branch, so files need not say where. A leaf is a value. Files keep thresholds as a table of distinct
 values per feature and an index of one byte, and leaf values as 64 steps between a tree's least and greatest
 (late trees only make small corrections, so their steps are small too). Trees may correct smooth parts
-(networks, Gaussian processes), and a file may hold second trees that say how far off the first ones are.
-Files are NPZ without pickles, with a JSON header; equal trees make equal bytes.
+(networks, Gaussian processes) and stand beside others that also see what was measured near by; a file may
+hold second trees that say how far off the first ones are. Files are NPZ without pickles, with a JSON header;
+equal trees make equal bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import io
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from costmodels.learned.neighbours import Neighbours
 from costmodels.learned.net import Net
 from costmodels.learned.process import Process
 
 Matrix = npt.NDArray[np.float32]
-_KINDS: dict[type, str] = {Net: "net", Process: "process"}
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _STEPS = 63.0
 _LEAF = 255
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
@@ -45,7 +46,7 @@ class Trees:
     value: Matrix
     roots: npt.NDArray[np.int32]
     base: float
-    smooth: tuple[Net | Process, ...] = ()
+    smooth: tuple[_Part, ...] = ()
 
     def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
         """[n] predictions of features [n, f]."""
@@ -54,6 +55,79 @@ class Trees:
         for part in self.smooth:
             found = found + part.predict(rows)
         return np.asarray(found)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """Trees that see what was measured around a row after its own features."""
+
+    near: Neighbours
+    trees: Trees
+
+    def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
+        """[n] predictions of features [n, f]."""
+        return self.trees.predict(np.column_stack([features, self.near.columns(features)]))
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Named arrays that `from_arrays` takes."""
+        return {f"near.{name}": array for name, array in self.near.arrays().items()} | {
+            f"trees.{name}": array for name, array in _arrays(self.trees).items()
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Beside:
+        """The trees and the table that `arrays` describe."""
+        parts = _parted(arrays)
+        return cls(Neighbours.from_arrays(parts["near"]), _from_arrays(parts["trees"]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upon:
+    """Another predictor of the same kernels and what a few rows teach on top: they see its answer, and the
+    time that it stands for, beside the features. `base`: the feature that holds log2 of the closed form's
+    seconds."""
+
+    prior: Trees
+    more: Trees
+    base: int
+
+    def columns(self, features: Matrix) -> Matrix:
+        """[n, f + 2] of features [n, f]."""
+        guess = self.prior.predict(features)
+        told = guess + np.log(2.0) * features[:, self.base]
+        return np.column_stack([features, guess, told]).astype(np.float32)
+
+    def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
+        """[n] predictions of features [n, f]."""
+        seen = self.columns(features)
+        return np.asarray(seen[:, -2] + self.more.predict(seen))
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Named arrays that `from_arrays` takes."""
+        parts = {"prior": self.prior, "more": self.more}
+        found = {f"{part}.{name}": a for part, trees in parts.items() for name, a in _arrays(trees).items()}
+        return found | {"own.base": np.array([self.base], np.int64)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Upon:
+        """The predictors that `arrays` describe."""
+        parts = _parted(arrays)
+        base = int(parts["own"]["base"][0])
+        return cls(_from_arrays(parts["prior"]), _from_arrays(parts["more"]), base)
+
+
+def _parted(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, dict[str, npt.NDArray[Any]]]:
+    """`part.name` -> part -> name; names without a part are left out."""
+    parts: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for name, array in arrays.items():
+        part, dot, own = name.partition(".")
+        if dot:
+            parts.setdefault(part, {})[own] = array
+    return parts
+
+
+_Part = Net | Process | Beside | Upon
+_KINDS: dict[type[_Part], str] = {Net: "net", Process: "process", Beside: "beside", Upon: "upon"}
 
 
 @njit(cache=True, nogil=True)
@@ -97,7 +171,7 @@ def _preorder(feature):  # type: ignore[no-untyped-def]
     return right, roots[:trees].copy()
 
 
-def from_boosting(model: Any, smooth: tuple[Net | Process, ...] = ()) -> Trees:
+def from_boosting(model: Any, smooth: tuple[_Part, ...] = ()) -> Trees:
     """A fitted scikit-learn HistGradientBoostingRegressor as flat arrays, leaf values in 64 steps a tree."""
     feature: list[int] = []
     threshold: list[float] = []
@@ -179,6 +253,37 @@ def joined(first: Trees, second: Trees) -> Trees:
         first.base + second.base,
         first.smooth + second.smooth,
     )
+
+
+def scaled(trees: Trees, factor: float) -> Trees:
+    """Trees whose prediction is `factor` times as large; they have no smooth parts."""
+    assert not trees.smooth
+    return replace(trees, value=(trees.value * np.float32(factor)), base=trees.base * factor)
+
+
+def shortened(trees: Trees, features: Matrix) -> Trees:
+    """The same answers for `features`, from thresholds with as few bits as tell their neighbours apart.
+
+    Any number between the two values that a threshold stands between will do; a short one packs better.
+    """
+    threshold = trees.threshold.copy()
+    for number in np.unique(trees.feature[trees.feature != _LEAF]):
+        own = trees.feature == number
+        values = np.sort(features[:, number])
+        table, place = np.unique(threshold[own], return_inverse=True)
+        exact = table.astype(np.float64)
+        at = np.searchsorted(values, table, side="right")
+        low = np.where(at > 0, values[np.maximum(at - 1, 0)], -np.inf)
+        high = np.where(at < len(values), values[np.minimum(at, len(values) - 1)], np.inf)
+        left = np.ones(len(table), dtype=bool)
+        octave = np.floor(np.log2(np.maximum(np.abs(exact), 1e-30)))
+        for bits in range(2, 23):
+            unit = np.exp2(octave - bits)
+            short = (np.rint(exact / unit) * unit).astype(np.float32)
+            fits = left & (short >= low) & (short < high)
+            table[fits], left = short[fits], left & ~fits
+        threshold[own] = table[place]
+    return replace(trees, threshold=threshold)
 
 
 def _tree_of_leaves(feature: npt.NDArray[np.uint8], roots: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
@@ -265,13 +370,9 @@ def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> Trees:
     right, roots = _preorder(feature)
     scale = _joined_planes(arrays["scale"], np.float32).reshape(2, -1).T
     value = _dequantized(arrays["leaf"], scale, feature, roots)
-    smooth: dict[str, dict[str, npt.NDArray[Any]]] = {}
-    for name, array in arrays.items():
-        part, dot, own = name.partition(".")
-        if dot:
-            smooth.setdefault(part, {})[own] = array
+    smooth = _parted(arrays)
     parts = tuple(
-        (Net if part.startswith("net") else Process).from_arrays(smooth[part])
+        next(kind for kind, name in _KINDS.items() if part.startswith(name)).from_arrays(smooth[part])
         for part in sorted(smooth, key=lambda part: part[-1])
     )
     return Trees(feature, threshold, right, value, roots, float(arrays["base"][0]), parts)

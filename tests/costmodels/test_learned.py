@@ -30,7 +30,7 @@ from costmodels import (
 )
 from costmodels.learned.apex import apex_problems
 from costmodels.learned.curves import curve_time, describe, scale_time
-from costmodels.learned.data import Problem, problems
+from costmodels.learned.data import Problem, clean, problems
 from costmodels.learned.net import fit_net
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import (
@@ -319,6 +319,29 @@ def test_smooth_parts_and_a_spread_survive_a_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(spread.predict(x), forest(x, np.abs(y), 0).predict(x), atol=1e-5)
 
 
+def test_few_rows_see_what_they_refine(tmp_path: Path) -> None:
+    """Where the older kernel was slow the newer one is not: that hangs on its time, which they see."""
+    rng = np.random.default_rng(9)
+    features = rng.uniform(-1, 1, size=(2000, 6)).astype(np.float32)
+    old = np.sin(5 * features[:, 0]) * np.cos(4 * features[:, 1])
+    seconds = np.exp(np.minimum(old, 0.2))
+    batch = Batch(features.astype(float), np.ones(2000), features)
+    knows = replace(nothing(), smooth=(fit_process(features[:700], old[:700], 0),))
+    some, rest = np.arange(2000) < 250, np.arange(2000) >= 250
+    error = {
+        sees: np.abs(
+            np.log(seconds[rest])
+            - fit_few(batch, seconds, 0, Few(knows, 0.5, sees), some).predict(features[rest])
+        ).mean()
+        for sees in (False, True)
+    }
+    assert error[True] < 0.6 * error[False]
+    trees = fit_few(batch, seconds, 0, Few(knows, 0.5, True), some)
+    path = tmp_path / "t.npz"
+    path.write_bytes(pack(trees, {}))
+    np.testing.assert_allclose(unpack(path)[0].predict(features), trees.predict(features), atol=1e-5)
+
+
 def test_few_rows_are_fitted_by_what_errs_least() -> None:
     x, y = _smooth(300)
     batch = Batch(x.astype(float), np.ones(300), x)
@@ -398,6 +421,35 @@ def test_intervals_are_wide_where_errors_are() -> None:
     wide, narrow = (high - low)[raw[:, 0] > 128].mean(), (high - low)[raw[:, 0] < 32].mean()
     assert wide > 4 * narrow
     assert 0.85 < found.inside[raw[:, 0] > 128].mean() < 0.95
+
+
+def test_an_interval_of_few_groups_is_no_wider_than_it_needs_to_be() -> None:
+    """A dozen groups: the finite-sample correction alone would ask for nearly the widest error there was."""
+    rng, rows = np.random.default_rng(6), 2400
+    hidden = 1024.0 * np.arange(1, 13)
+    raw = columns(
+        "moe", tokens=np.floor(2.0 ** rng.uniform(0, 13, rows)), hidden=rng.choice(hidden, rows),
+        intermediate=1024.0, experts=64.0, local_experts=64.0, top_k=8.0,
+    )  # fmt: skip
+    batch = make_batch("moe", raw, H100, "vllm", "bf16")
+    seconds = batch.base_s * np.exp(0.05 * rng.standard_t(4, size=rows))
+    found = judge(batch, Problem(H100.name, "vllm", "moe", "bf16", "0", raw, seconds, raw[:, 1]), 0)
+    assert found.spread is None
+    assert 0.89 < found.inside.mean() < 0.93
+    low, high = interval_of(np.array(found.bounds), None, batch.features, batch.base_s)
+    assert np.all(high - low < np.quantile(found.error, 0.985) - np.quantile(found.error, 0.015))
+
+
+def test_rows_that_the_cache_answered_are_left_out() -> None:
+    """However short: a layer that is served finds other layers' weights in the cache."""
+    raw = columns("gemm", m=np.array([1.0, 1, 1, 1]), n=2048, k=2048)
+    bound = bound_s("gemm", raw, H100, "bf16")
+    dropped: dict[str, int] = {}
+    seconds = bound * np.array([0.5, 0.9, 1.0, 2.0])
+    found = clean(H100, "gemm", "bf16", raw, seconds, np.array(["a"] * 4), dropped, 1)
+    assert found is not None
+    np.testing.assert_array_equal(found[1], seconds[2:])
+    assert dropped["faster than the roofline"] == 2
 
 
 def test_hashes_do_not_depend_on_the_order() -> None:
