@@ -141,6 +141,8 @@ def _parse_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if "nesting depth" in problem:  # libyaml looks ahead, and since PyYAML 6.0.4 has a bound of its own
+            raise InputError(name, f"is nested deeper than {MAX_DEPTH} levels") from error
         raise InputError(name, f"is not readable YAML: {where}{problem}"[:300]) from error
     except (RecursionError, ValueError, TypeError) as error:
         if isinstance(error, InputError):

@@ -24,7 +24,8 @@ from costmodels.fitted import Choice
 from costmodels.learned import data
 from costmodels.learned.data import Problem, find_tables
 from costmodels.learned.shapes import Batch, make_batch
-from costmodels.learned.train import choose_few, fit, fit_few, judge
+from costmodels.learned.train import fit, judge
+from costmodels.learned.train_few import choose_few, fit_few
 from hardware import load_catalog
 
 SYSTEMS = ("h100_sxm", "a100_sxm", "l40s", "b200_sxm")

@@ -11,7 +11,7 @@ the sizes of the left-out errors say how far off a row may be; the quantiles of 
 by class of size and corrected for the number of groups, become the interval. Coverage is that of intervals
 made without the fold they are judged on.
 
-This is the only door to scikit-learn.
+This and its neighbours `train_*`, `net` and `process` are the only door to scikit-learn.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from costmodels.learned.data import (
 )
 from costmodels.learned.neighbours import measured_around
 from costmodels.learned.net import Net, fit_net
-from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import (
     COLUMNS,
     FEATURES_VERSION,
@@ -55,15 +54,13 @@ from costmodels.learned.shapes import (
 )
 from costmodels.learned.store import LEAST_SPREAD, POWER, find_shipped
 from costmodels.learned.train_curves import train_collectives, train_memory
+from costmodels.learned.train_few import FEW_ROWS, Few, choose_few, fit_few
 from costmodels.learned.trees import (
     Beside,
     Trees,
-    Upon,
     content_hash,
     from_boosting,
-    from_forest,
     joined,
-    nothing,
     pack,
     scaled,
     shortened,
@@ -103,8 +100,6 @@ SMOOTH = ("prefill", "mla_prefill")
 GRIDDED, _HALF = (("gemm", "bf16"),), 0.42
 #: Residuals beyond this (a factor of 12) are broken rows, not kernels.
 _WILD = 2.5
-#: Below this many rows a forest or a Gaussian process errs less than boosting.
-FEW_ROWS = 1500
 #: Thresholds a feature: more err no less, and the files are a fifth smaller than with 255.
 _BINS = 64
 _NOMINAL = 0.90
@@ -185,68 +180,6 @@ def fit(
     half = size._replace(trees=int(size.trees * _HALF))
     plain, more = (boosted(part, target, half, seed, brief=brief) for part in (features, rows_near))
     return replace(scaled(plain, 0.5), smooth=(Beside(near, scaled(more, 0.5)),))
-
-
-class Few(NamedTuple):
-    """How a user's few rows are fitted: what they refine (None: the closed form), the forest's share of the
-    answer, the rest a Gaussian process's, and whether both see what is refined or only add to it."""
-
-    prior: Trees | None
-    forest: float
-    sees: bool = False
-
-
-def fit_few(batch: Batch, seconds: FloatArray, seed: int, few: Few, rows: Any = None) -> Trees:
-    """Of some hundred rows a forest or a Gaussian process errs least, or the mean of both."""
-    chosen = np.ones(len(seconds), dtype=bool) if rows is None else rows
-    features, target = batch.features[chosen], np.log(seconds[chosen] / batch.base_s[chosen])
-    upon = None
-    if few.prior is not None:
-        target = target - few.prior.predict(features)
-        if few.sees:
-            base = np.abs(batch.features - np.log2(batch.base_s)[:, None]).sum(axis=0).argmin()
-            upon = Upon(few.prior, nothing(), int(base))
-            features = upon.columns(features)
-    found = nothing()
-    if few.forest > 0.0:
-        found = joined(found, forest(features, target, seed, few.forest))
-    if few.forest < 1.0:
-        smooth = fit_process(features, target, seed).scaled(1.0 - few.forest)
-        found = joined(found, replace(nothing(), smooth=(smooth,)))
-    if upon is not None:
-        return replace(nothing(), smooth=(replace(upon, more=found),))
-    return found if few.prior is None else joined(few.prior, found)
-
-
-def forest(features: Any, target: FloatArray, seed: int, weight: float = 1.0) -> Trees:
-    """Extremely randomised trees (Geurts et al., 2006), times `weight`."""
-    from sklearn.ensemble import ExtraTreesRegressor
-
-    model = ExtraTreesRegressor(
-        200, min_samples_leaf=2, max_features=0.5, random_state=seed, n_jobs=1
-    )  # fmt: skip
-    model.fit(features, target)
-    return from_forest(model, weight)
-
-
-def choose_few(batch: Batch, seconds: FloatArray, seed: int, prior: Trees | None) -> Few:
-    """How to fit a user's few rows: whether `prior` helps, another predictor of the same kernels (an older
-    engine version's, say), and what stands on it; by the error on rows left out in turn."""
-    ratio = np.log(seconds / batch.base_s)
-    fold = np.random.default_rng(seed).permutation(len(ratio)) % _FOLDS
-    missed: dict[Few, float] = {}
-    starts = [(None, False)] if prior is None else [(None, False), (prior, False), (prior, True)]
-    for start, sees in starts:
-        by_forest, by_process = np.zeros(len(ratio)), np.zeros(len(ratio))
-        for number in range(_FOLDS):
-            out = fold == number
-            for share, guess in ((1.0, by_forest), (0.0, by_process)):
-                trees = fit_few(batch, seconds, seed, Few(start, share, sees), ~out)
-                guess[out] = trees.predict(batch.features[out])
-        for share in (1.0, 0.5, 0.0):
-            guess = share * by_forest + (1.0 - share) * by_process
-            missed[Few(start, share, sees)] = float(np.mean(np.abs(ratio - guess)))
-    return min(missed, key=lambda few: missed[few])
 
 
 def boosted(

@@ -51,19 +51,9 @@ from costmodels.learned.store import (
     interval_of,
     memory_curves,
 )
-from costmodels.learned.train import (
-    Few,
-    choose_few,
-    dealt,
-    fit_few,
-    forest,
-    hashed,
-    interval,
-    judge,
-    train,
-    train_one,
-)
+from costmodels.learned.train import dealt, hashed, interval, judge, train, train_one
 from costmodels.learned.train_curves import train_memory
+from costmodels.learned.train_few import Few, choose_few, fit_few, forest
 from costmodels.learned.trees import content_hash, from_boosting, from_forest, joined, nothing, pack, unpack
 from hardware import InputError, load_catalog
 from hardware.device import CommGroup
