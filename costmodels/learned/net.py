@@ -71,8 +71,11 @@ class Net:
         return cls(mean, scale, low, high, tuple(weights), tuple(biases), float(arrays["unit"][0]))
 
 
-def fit_net(features: Matrix, target: npt.NDArray[np.float64], seed: int) -> Net:
-    """A network fitted by scikit-learn's Adam at falling learning rates; equal rows and seed, equal net."""
+def fit_net(features: Matrix, target: npt.NDArray[np.float64], seed: int, *, brief: bool = False) -> Net:
+    """A network fitted by scikit-learn's Adam at falling learning rates; equal rows and seed, equal net.
+
+    `brief`: half as many passes, to see how far off it is.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPRegressor
     from threadpoolctl import threadpool_limits
@@ -81,7 +84,7 @@ def fit_net(features: Matrix, target: npt.NDArray[np.float64], seed: int) -> Net
     scale = np.where(scale > 1e-6, scale, 1.0).astype(np.float32)
     rows = ((features - mean) / scale).astype(np.float32)
     unit = float(np.std(target)) or 1.0
-    passes = min(_MOST, max(_FEWEST, _PASSES * _ROWS // max(1, len(target))))
+    passes = min(_MOST, max(_FEWEST, _PASSES * _ROWS // max(1, len(target)))) // (2 if brief else 1)
     model = MLPRegressor(
         hidden_layer_sizes=(_UNITS, _UNITS), alpha=1e-6, batch_size=min(256, len(target)),
         random_state=seed, tol=0.0, n_iter_no_change=10_000, warm_start=True,

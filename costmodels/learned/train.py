@@ -169,7 +169,7 @@ def fit(
     features, target = batch.features[chosen], np.log(seconds[chosen] / batch.base_s[chosen])
     sound = np.abs(target - np.median(target)) < _WILD
     features, target = features[sound], target[sound]
-    net = fit_net(features, target, seed) if family in SMOOTH else None
+    net = fit_net(features, target, seed, brief=brief) if family in SMOOTH else None
     if net is not None:
         target = target - net.predict(features)
     near = measured_around(features, target) if kind in GRIDDED else None
