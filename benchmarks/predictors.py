@@ -64,6 +64,11 @@ def batch_of(problem: Problem) -> Batch:
     return make_batch(problem.family, problem.raw, problem.device, problem.engine, problem.dtype, choice)
 
 
+def as_served(problem: Problem) -> np.ndarray:
+    """Which rows of decode attention have a layout that some catalog model has."""
+    return np.asarray(problem.raw[:, 2] <= MOST_SHARED * problem.raw[:, 3])
+
+
 def rows_of(problem: Problem, with_forest: bool) -> list[str]:
     batch = batch_of(problem)
     ratio = np.log(problem.seconds / batch.base_s)
@@ -76,7 +81,7 @@ def rows_of(problem: Problem, with_forest: bool) -> list[str]:
         rest = part(problem, ~out)
         found = judge(batch_of(rest), rest, 0)
         bounds, spread = found.bounds, found.spread
-        trees = fit(batch, problem.seconds, (problem.family, problem.dtype), 0, ~out)
+        trees = fit(batch, problem.seconds, problem.kind, 0, ~out)
         error = ratio - trees.predict(batch.features)
         inside = None
     low, high = interval_of(np.array(bounds), spread, batch.features, batch.base_s)
@@ -86,13 +91,13 @@ def rows_of(problem: Problem, with_forest: bool) -> list[str]:
     lines = [_line(problem, "unseen groups", error, ratio, out, inside, half, with_forest)]
     if problem.family == "decode":
         # Kernels fall off a cliff where more queries share a KV head than in any served model.
-        served = out & (problem.raw[:, 2] <= MOST_SHARED * problem.raw[:, 3])
+        served = out & as_served(problem)
         lines.append(_line(problem, "of these, as served", error, ratio, served, inside, half, False))
     if problem.family in BEYOND:
         column, edge = BEYOND[problem.family]
         far = problem.raw[:, column] > edge
         if far.sum() > 100:
-            trees = fit(batch, problem.seconds, (problem.family, problem.dtype), 0, ~far)
+            trees = fit(batch, problem.seconds, problem.kind, 0, ~far)
             beyond = ratio - trees.predict(batch.features)
             lines.append(_line(problem, "beyond sizes", beyond, ratio, far, None, None, with_forest))
     return lines
@@ -108,9 +113,7 @@ def folds_of(problem: Problem, folds: int) -> list[str]:
         out = fold == number
         rest = part(problem, ~out)
         found = judge(batch_of(rest), rest, 0)
-        error[out] -= fit(batch, problem.seconds, (problem.family, problem.dtype), 0, ~out).predict(
-            batch.features[out]
-        )
+        error[out] -= fit(batch, problem.seconds, problem.kind, 0, ~out).predict(batch.features[out])
         bounds = np.array(found.bounds)
         low, high = interval_of(bounds, found.spread, batch.features[out], batch.base_s[out])
         inside[out] = (error[out] >= low) & (error[out] <= high)
@@ -118,8 +121,9 @@ def folds_of(problem: Problem, folds: int) -> list[str]:
     every = np.ones(len(ratio), dtype=bool)
     lines = [_line(problem, f"every group once, {folds} folds", error, ratio, every, inside, half, False)]
     if problem.family == "decode":
-        served = problem.raw[:, 2] <= MOST_SHARED * problem.raw[:, 3]
-        lines.append(_line(problem, "of these, as served", error, ratio, served, inside, half, False))
+        lines.append(
+            _line(problem, "of these, as served", error, ratio, as_served(problem), inside, half, False)
+        )
     return lines
 
 

@@ -135,7 +135,7 @@ def versions(tables: Path, more: Path | None) -> None:
                 continue
             batch = make_batch(family, new.raw, new.device, engine, new.dtype)
             before = make_batch(family, old.raw, old.device, engine, old.dtype)
-            prior = fit(before, old.seconds, (family, old.dtype), 0)
+            prior = fit(before, old.seconds, old.kind, 0)
             ratio = np.log(new.seconds / batch.base_s)
             print(
                 f"| {new.key} {old.version} to {new.version} | {len(ratio)} | "

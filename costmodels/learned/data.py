@@ -104,6 +104,11 @@ class Problem:
         return load_catalog().device(self.device_name)
 
     @property
+    def kind(self) -> tuple[str, str]:
+        """(family, format)."""
+        return self.family, self.dtype
+
+    @property
     def key(self) -> str:
         """`h100-sxm-80gb/vllm/gemm/bf16`."""
         if self.watts is not None:

@@ -54,7 +54,7 @@ from costmodels.learned.shapes import (
 )
 from costmodels.learned.store import LEAST_SPREAD, POWER, find_shipped
 from costmodels.learned.train_curves import train_collectives, train_memory
-from costmodels.learned.train_few import FEW_ROWS, Few, choose_few, fit_few
+from costmodels.learned.train_few import FEW_ROWS, Few, choose_few, fit_few, mape
 from costmodels.learned.trees import (
     Beside,
     Trees,
@@ -241,11 +241,6 @@ def interval(error: FloatArray, base_s: FloatArray, label: Any) -> list[tuple[fl
     return [(wider * a, wider * b) for a, b in found]
 
 
-def _mape(log_error: FloatArray) -> float:
-    """Mean |predicted / measured - 1|."""
-    return float(np.mean(np.abs(np.exp(-log_error) - 1.0))) if len(log_error) else float("nan")
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
     """What folds say of a problem's predictor.
@@ -280,7 +275,7 @@ def judge(batch: Batch, problem: Problem, seed: int, few: Few | None = None) -> 
     error = log_ratio.copy()
     for out in parts:
         trial = (
-            fit(batch, problem.seconds, (family, problem.dtype), seed, ~out, brief=True)
+            fit(batch, problem.seconds, problem.kind, seed, ~out, brief=True)
             if few is None
             else fit_few(batch, problem.seconds, seed, few, ~out)
         )
@@ -346,11 +341,11 @@ def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
         "family": f"{POWER}{family}",
         "split": f"whole groups by hash, {_POWER_FOLDS} folds; shipped fit on all; windows of a second",
         "data": f"measured power, {problem.engine} {problem.version}",
-        "mape": round(_mape(error), 4),
+        "mape": round(mape(error), 4),
         "p90": round(float(np.quantile(np.abs(np.expm1(-error)), 0.9)), 4),
         "median": round(float(np.median(np.abs(np.expm1(-error)))), 4),
         "r2": round(1.0 - float(np.sum((problem.watts - watts) ** 2)) / max(variance, 1e-9), 4),
-        "energy_mape": round(_mape(np.log(problem.watts * problem.seconds / (watts * seconds))), 4),
+        "energy_mape": round(mape(np.log(problem.watts * problem.seconds / (watts * seconds))), 4),
         "closed_form_mape": round(float(np.mean(np.abs(_closed_watts(problem) / problem.watts - 1.0))), 4),
         "coverage": None,
         "interval": [[round(float(np.quantile(error, q)), 4) for q in (0.05, 0.95)]] * len(TIME_CLASSES),
@@ -394,21 +389,21 @@ def train_one(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
     classes = time_class(batch.base_s)
     card = _card(problem, batch, choice.fit.fitted_on, seed) | {
         "split": f"whole groups by hash, {judged.folds} folds; shipped fit on all",
-        "mape": round(_mape(judged.error), 4),
+        "mape": round(mape(judged.error), 4),
         "p90": round(float(np.quantile(np.abs(np.expm1(-judged.error)), 0.9)), 4),
         "by_time": {
             f"below {edge * 1e6:g} us" if np.isfinite(edge) else "longer": round(
-                _mape(judged.error[classes == number]), 4
+                mape(judged.error[classes == number]), 4
             )
             for number, edge in enumerate(TIME_CLASSES)
             if (classes == number).any()
         },
-        "closed_form_mape": round(_mape(np.log(problem.seconds / batch.base_s)), 4),
+        "closed_form_mape": round(mape(np.log(problem.seconds / batch.base_s)), 4),
         "coverage": round(float(judged.inside.mean()), 4),
         "interval": [[round(a, 4), round(b, 4)] for a, b in judged.bounds],
     }
     shipped = (
-        fit(batch, problem.seconds, (problem.family, problem.dtype), seed)
+        fit(batch, problem.seconds, problem.kind, seed)
         if few is None
         else fit_few(batch, problem.seconds, seed, few)
     )

@@ -18,6 +18,11 @@ FEW_ROWS = 1500
 _FOLDS = 3
 
 
+def mape(log_error: FloatArray) -> float:
+    """Mean |predicted / measured - 1| of log(measured / predicted)."""
+    return float(np.mean(np.abs(np.exp(-log_error) - 1.0))) if len(log_error) else float("nan")
+
+
 class Few(NamedTuple):
     """How a user's few rows are fitted: what they refine (None: the closed form), the forest's share of the
     answer, the rest a Gaussian process's, and whether both see what is refined or only add to it."""
@@ -76,5 +81,5 @@ def choose_few(batch: Batch, seconds: FloatArray, seed: int, prior: Trees | None
                 guess[out] = trees.predict(batch.features[out])
         for share in (1.0, 0.5, 0.0):
             guess = share * by_forest + (1.0 - share) * by_process
-            missed[Few(start, share, sees)] = float(np.mean(np.abs(np.expm1(guess - ratio))))
+            missed[Few(start, share, sees)] = mape(ratio - guess)
     return min(missed, key=lambda few: missed[few])
