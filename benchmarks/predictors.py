@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from costmodels.learned.data import Problem, find_tables, problems
+from costmodels.learned.fitting import fit
+from costmodels.learned.judging import JUDGED_FROM, dealt, hashed, judge
 from costmodels.learned.shapes import Batch, closed_form, make_batch
 from costmodels.learned.store import interval_of
-from costmodels.learned.train import JUDGED_FROM, dealt, fit, hashed, judge
+from costmodels.learned.train import few_of
 
 BEYOND = {"gemm": (0, 4353.0), "prefill": (1, 4096.0), "decode": (1, 8192.0)}  # column, largest fitted
 
@@ -75,13 +77,13 @@ def rows_of(problem: Problem, with_forest: bool) -> list[str]:
     out = hashed(problem.group) >= JUDGED_FROM
     if len(np.unique(np.asarray(problem.group).astype(str))) < 60:
         out = np.ones(len(ratio), dtype=bool)
-        found = judge(batch, problem, 0)
+        found = judge(batch, problem, 0, few_of(problem, batch, 0))
         error, inside, bounds, spread = found.error, found.inside, found.bounds, found.spread
     else:
         rest = part(problem, ~out)
         found = judge(batch_of(rest), rest, 0)
         bounds, spread = found.bounds, found.spread
-        trees = fit(batch, problem.seconds, problem.kind, 0, ~out)
+        trees = fit(problem, batch, 0, ~out)
         error = ratio - trees.predict(batch.features)
         inside = None
     low, high = interval_of(np.array(bounds), spread, batch.features, batch.base_s)
@@ -97,7 +99,7 @@ def rows_of(problem: Problem, with_forest: bool) -> list[str]:
         column, edge = BEYOND[problem.family]
         far = problem.raw[:, column] > edge
         if far.sum() > 100:
-            trees = fit(batch, problem.seconds, problem.kind, 0, ~far)
+            trees = fit(problem, batch, 0, ~far)
             beyond = ratio - trees.predict(batch.features)
             lines.append(_line(problem, "beyond sizes", beyond, ratio, far, None, None, with_forest))
     return lines
@@ -113,7 +115,7 @@ def folds_of(problem: Problem, folds: int) -> list[str]:
         out = fold == number
         rest = part(problem, ~out)
         found = judge(batch_of(rest), rest, 0)
-        error[out] -= fit(batch, problem.seconds, problem.kind, 0, ~out).predict(batch.features[out])
+        error[out] -= fit(problem, batch, 0, ~out).predict(batch.features[out])
         bounds = np.array(found.bounds)
         low, high = interval_of(bounds, found.spread, batch.features[out], batch.base_s[out])
         inside[out] = (error[out] >= low) & (error[out] <= high)

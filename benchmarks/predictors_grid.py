@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from costmodels.learned.data import Problem, find_tables, problems
+from costmodels.learned.judging import JUDGED_FROM, hashed
 from costmodels.learned.shapes import COLUMNS
-from costmodels.learned.train import JUDGED_FROM, hashed
 
 FloatArray = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

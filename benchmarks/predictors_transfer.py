@@ -23,8 +23,9 @@ from costmodels import fitted
 from costmodels.fitted import Choice
 from costmodels.learned import data
 from costmodels.learned.data import Problem, find_tables
+from costmodels.learned.fitting import fit
+from costmodels.learned.judging import judge
 from costmodels.learned.shapes import Batch, make_batch
-from costmodels.learned.train import fit, judge
 from costmodels.learned.train_few import choose_few, fit_few
 from hardware import load_catalog
 
@@ -135,7 +136,7 @@ def versions(tables: Path, more: Path | None) -> None:
                 continue
             batch = make_batch(family, new.raw, new.device, engine, new.dtype)
             before = make_batch(family, old.raw, old.device, engine, old.dtype)
-            prior = fit(before, old.seconds, old.kind, 0)
+            prior = fit(old, before, 0)
             ratio = np.log(new.seconds / batch.base_s)
             print(
                 f"| {new.key} {old.version} to {new.version} | {len(ratio)} | "

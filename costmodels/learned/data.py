@@ -70,6 +70,10 @@ _LEAST_POWER = 250
 _LEAST_SIZES = 8
 #: Power tables whose neighbours disagree (the GPU was shared or throttled): no use to anyone.
 _NOISY_POWER = {("b200_sxm", "vllm"), ("gb200", "vllm")}
+#: Weights (bytes) beyond which a table's power is not steady: with matrices of 6.7 GB H200 reads 300 W at one
+#: token and 570 W at two thousand, at equal time and traffic, where one of 5.2 GB reads 600 W throughout.
+#: NVML's mean of the last second still holds the making of the operands.
+_UNSTEADY_WEIGHTS = {("h200_sxm", "vllm"): 6e9}
 #: (hidden, intermediate, experts) of models whose experts have two matrices, not three: the tables of
 #: TensorRT-LLM name their kernels so ("nongated"), those of other engines only have the shapes.
 _UNGATED = {
@@ -397,6 +401,9 @@ def power_problems(tables: Path) -> Iterator[Problem]:
                     part, raw, group = table.make(rows)
                     seconds, watts = part["seconds"].to_numpy(), part["watts"].to_numpy()
                     steady = (watts > 0) & (seconds >= STEADY_S[table.family])
+                    if table.family == "gemm" and (system, engine) in _UNSTEADY_WEIGHTS:
+                        weights = raw[:, 1] * raw[:, 2] * FORMATS[dtype][0]
+                        steady &= weights < _UNSTEADY_WEIGHTS[system, engine]
                     device = catalog.device(name)
                     if dtype != "any" and FORMATS[dtype][2] not in device.peak_flops_per_s:
                         continue

@@ -30,7 +30,7 @@ class Process:
     high: Matrix
     length: Matrix
     anchors: Matrix
-    weights: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float32]
     base: float
 
     def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
@@ -49,7 +49,7 @@ class Process:
 
     def scaled(self, factor: float) -> Process:
         """The same, `factor` times as large."""
-        return replace(self, weights=self.weights * factor, base=self.base * factor)
+        return replace(self, weights=(self.weights * np.float32(factor)), base=self.base * factor)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays that `from_arrays` takes."""
@@ -106,6 +106,6 @@ def fit_process(features: Matrix, target: npt.NDArray[np.float64], seed: int) ->
         rows.max(axis=0).astype(np.float32),
         length.astype(np.float32),
         (rows / length).astype(np.float32),
-        weights,
+        weights.astype(np.float32),
         float(model._y_train_mean),
     )

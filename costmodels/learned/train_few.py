@@ -1,5 +1,6 @@
-"""Fitting a user's few rows: a forest, a Gaussian process or the mean of both, on the closed form or on
-another predictor of the same kernels, whichever errs least on rows left out."""
+"""Fitting few rows, a user's or a small table's: trees and Gaussian processes, on the closed form and on
+another predictor of the same kernels, added up with the shares that err least on rows left out (stacking:
+Breiman, 1996)."""
 
 from __future__ import annotations
 
@@ -7,15 +8,50 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from costmodels.learned.boosting import Setting, boosted
 from costmodels.learned.process import fit_process
-from costmodels.learned.shapes import Batch
-from costmodels.learned.trees import Trees, Upon, from_forest, joined, nothing
+from costmodels.learned.shapes import Batch, Matrix
+from costmodels.learned.trees import Trees, Upon, from_forest, joined, nothing, scaled
 from costmodels.ops import FloatArray
 
 #: Below this many rows a forest or a Gaussian process errs less than boosting.
 FEW_ROWS = 1500
+#: Small leaves: few rows are told apart by few others.
+_BOOSTED = Setting(120, 15, 0.15, 3, 0.5)
 _FOLDS = 3
+#: Shares below this are left out: they add size and say nothing.
+_LEAST_SHARE = 0.03
+#: Rows whose error by every way is beyond this (a factor of three) have no say in the shares.
+_WILD = 1.1
+
+
+class Way(NamedTuple):
+    """One way to fit few rows: a forest, boosted trees or a Gaussian process (`kind`), of the closed form's
+    error (`alone`), of another predictor's error (`added`), or of that and with its answer as a feature
+    (`seen`)."""
+
+    on: str
+    kind: str
+
+
+#: A forest errs less than boosted trees and is twenty times their size: a user's files may be large.
+OWN, SHIPPED = ("forest", "process"), ("boosted", "process")
+WAYS = tuple(Way(on, kind) for on in ("alone", "added", "seen") for kind in ("forest", "boosted", "process"))
+
+
+class Few(NamedTuple):
+    """How few rows are fitted: what they refine (None: the closed form alone), and the share of each of
+    `WAYS` in the answer."""
+
+    prior: Trees | None
+    shares: tuple[float, ...]
+
+
+def only(way: Way, prior: Trees | None = None) -> Few:
+    """One way alone."""
+    return Few(prior, tuple(float(way == other) for other in WAYS))
 
 
 def mape(log_error: FloatArray) -> float:
@@ -23,35 +59,38 @@ def mape(log_error: FloatArray) -> float:
     return float(np.mean(np.abs(np.exp(-log_error) - 1.0))) if len(log_error) else float("nan")
 
 
-class Few(NamedTuple):
-    """How a user's few rows are fitted: what they refine (None: the closed form), the forest's share of the
-    answer, the rest a Gaussian process's, and whether both see what is refined or only add to it."""
-
-    prior: Trees | None
-    forest: float
-    sees: bool = False
-
-
 def fit_few(batch: Batch, seconds: FloatArray, seed: int, few: Few, rows: Any = None) -> Trees:
-    """Of some hundred rows a forest or a Gaussian process errs least, or the mean of both."""
+    """The ways that have a share, each fitted on (some) rows, added up."""
     chosen = np.ones(len(seconds), dtype=bool) if rows is None else rows
     features, target = batch.features[chosen], np.log(seconds[chosen] / batch.base_s[chosen])
-    upon = None
+    upon, known, left = None, features, target
     if few.prior is not None:
-        target = target - few.prior.predict(features)
-        if few.sees:
-            base = np.abs(batch.features - np.log2(batch.base_s)[:, None]).sum(axis=0).argmin()
-            upon = Upon(few.prior, nothing(), int(base))
-            features = upon.columns(features)
-    found = nothing()
-    if few.forest > 0.0:
-        found = joined(found, forest(features, target, seed, few.forest))
-    if few.forest < 1.0:
-        smooth = fit_process(features, target, seed).scaled(1.0 - few.forest)
-        found = joined(found, replace(nothing(), smooth=(smooth,)))
-    if upon is not None:
-        return replace(nothing(), smooth=(replace(upon, more=found),))
-    return found if few.prior is None else joined(few.prior, found)
+        base = np.abs(batch.features - np.log2(batch.base_s)[:, None]).sum(axis=0).argmin()
+        upon = Upon(few.prior, nothing(), int(base))
+        known = upon.columns(features)
+        left = target - known[:, -2]
+    found, seen, leant = nothing(), nothing(), 0.0
+    for way, share in zip(WAYS, few.shares, strict=True):
+        if share <= 0.0:
+            continue
+        if way.on == "seen":
+            seen = joined(seen, _fit_way(way.kind, known, left, seed, share))
+        else:
+            found = joined(
+                found, _fit_way(way.kind, features, left if way.on == "added" else target, seed, share)
+            )
+        leant += share * (way.on != "alone")
+    if upon is None or leant <= 0.0:
+        return found
+    return replace(found, smooth=(*found.smooth, replace(upon, more=seen, share=leant)))
+
+
+def _fit_way(kind: str, features: Matrix, target: FloatArray, seed: int, share: float) -> Trees:
+    if kind == "forest":
+        return forest(features, target, seed, share)
+    if kind == "boosted":
+        return scaled(boosted(features, target, _BOOSTED, seed), share)
+    return replace(nothing(), smooth=(fit_process(features, target, seed).scaled(share),))
 
 
 def forest(features: Any, target: FloatArray, seed: int, weight: float = 1.0) -> Trees:
@@ -65,21 +104,40 @@ def forest(features: Any, target: FloatArray, seed: int, weight: float = 1.0) ->
     return from_forest(model, weight)
 
 
-def choose_few(batch: Batch, seconds: FloatArray, seed: int, prior: Trees | None) -> Few:
-    """How to fit a user's few rows: whether `prior` helps, another predictor of the same kernels (an older
-    engine version's, say), and what stands on it; by the error on rows left out in turn."""
+def choose_few(
+    batch: Batch,
+    seconds: FloatArray,
+    seed: int,
+    prior: Trees | None,
+    kinds: tuple[str, ...] = OWN,
+    fold: npt.NDArray[np.int64] | None = None,
+) -> Few:
+    """How to fit few rows: shares of the ways of some `kinds`, and whether `prior` helps (another predictor
+    of the same kernels, an older engine version's, say), by the error on rows left out in turn: each `fold`,
+    or any third."""
     ratio = np.log(seconds / batch.base_s)
-    fold = np.random.default_rng(seed).permutation(len(ratio)) % _FOLDS
-    missed: dict[Few, float] = {}
-    starts = [(None, False)] if prior is None else [(None, False), (prior, False), (prior, True)]
-    for start, sees in starts:
-        by_forest, by_process = np.zeros(len(ratio)), np.zeros(len(ratio))
-        for number in range(_FOLDS):
-            out = fold == number
-            for share, guess in ((1.0, by_forest), (0.0, by_process)):
-                trees = fit_few(batch, seconds, seed, Few(start, share, sees), ~out)
-                guess[out] = trees.predict(batch.features[out])
-        for share in (1.0, 0.5, 0.0):
-            guess = share * by_forest + (1.0 - share) * by_process
-            missed[Few(start, share, sees)] = mape(ratio - guess)
-    return min(missed, key=lambda few: missed[few])
+    if fold is None or len(np.unique(fold)) < 2:
+        fold = np.random.default_rng(seed).permutation(len(ratio)) % _FOLDS
+    ways = [way for way in WAYS if way.kind in kinds and (prior is not None or way.on == "alone")]
+    guess = np.zeros((len(ratio), len(ways)))
+    for number in np.unique(fold):
+        out = fold == number
+        for column, way in enumerate(ways):
+            trees = fit_few(batch, seconds, seed, only(way, prior), ~out)
+            guess[out, column] = trees.predict(batch.features[out])
+    found = dict(zip(ways, shares_of(guess, ratio), strict=True))
+    return Few(prior, tuple(float(found.get(way, 0.0)) for way in WAYS))
+
+
+def shares_of(guess: FloatArray, truth: FloatArray) -> npt.NDArray[np.float64]:
+    """Shares [w] >= 0 of columns [n, w], one in all, whose sum is nearest to the truth [n]."""
+    from scipy.optimize import nnls
+
+    sound = np.abs(guess - truth[:, None]).min(axis=1) < _WILD
+    if not sound.any():
+        sound[:] = True
+    one = 1e3 * np.sqrt(float(sound.sum()))
+    rows = np.vstack([guess[sound], np.full((1, guess.shape[1]), one)])
+    share = np.asarray(nnls(rows, np.append(truth[sound], one))[0])
+    share = np.where(share < _LEAST_SHARE * share.sum(), 0.0, share)
+    return np.asarray(share / share.sum())

@@ -83,13 +83,14 @@ class Beside:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Upon:
-    """Another predictor of the same kernels and what a few rows teach on top: they see its answer, and the
-    time that it stands for, beside the features. `base`: the feature that holds log2 of the closed form's
-    seconds."""
+    """Another predictor of the same kernels, times `share`, and what a few rows teach on top: they see its
+    answer, and the time that it stands for, beside the features. `base`: the feature that holds log2 of the
+    closed form's seconds."""
 
     prior: Trees
     more: Trees
     base: int
+    share: float = 1.0
 
     def columns(self, features: Matrix) -> Matrix:
         """[n, f + 2] of features [n, f]."""
@@ -100,20 +101,20 @@ class Upon:
     def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
         """[n] predictions of features [n, f]."""
         seen = self.columns(features)
-        return np.asarray(seen[:, -2] + self.more.predict(seen))
+        return np.asarray(self.share * seen[:, -2] + self.more.predict(seen))
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays that `from_arrays` takes."""
         parts = {"prior": self.prior, "more": self.more}
         found = {f"{part}.{name}": a for part, trees in parts.items() for name, a in _arrays(trees).items()}
-        return found | {"own.base": np.array([self.base], np.int64)}
+        return found | {"own.base": np.array([self.base], np.int64), "own.share": np.array([self.share])}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Upon:
         """The predictors that `arrays` describe."""
         parts = _parted(arrays)
-        base = int(parts["own"]["base"][0])
-        return cls(_from_arrays(parts["prior"]), _from_arrays(parts["more"]), base)
+        base, share = int(parts["own"]["base"][0]), float(parts["own"]["share"][0])
+        return cls(_from_arrays(parts["prior"]), _from_arrays(parts["more"]), base, share)
 
 
 def _parted(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, dict[str, npt.NDArray[Any]]]:

@@ -1,11 +1,15 @@
-"""Terms of a Llama-70B-like model under tensor parallelism, written out by hand."""
+"""Terms of a Llama-70B-like model under tensor parallelism, and GEMMs that teach, written out by hand."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from costmodels import Collective, DecodeAttention, Elementwise, Gemm, PrefillAttention, Term
-from tests.costmodels.devices import nvlink
+from costmodels.learned.data import Problem
+from costmodels.learned.shapes import columns, make_batch
+from tests.costmodels.devices import H100, nvlink
 
 
 def llama_70b(
@@ -60,3 +64,17 @@ def llama_70b(
             )
         )
     return terms
+
+
+def some_gemms(seed: int = 0, rows: int = 600) -> Problem:
+    """GEMMs that take a fifth longer where tokens are no multiple of 16: what trees learn at once."""
+    rng = np.random.default_rng(seed)
+    raw = columns(
+        "gemm",
+        m=np.floor(2.0 ** rng.uniform(0, 12, rows)),
+        n=rng.choice([512.0, 1024, 4096, 8192], rows),
+        k=rng.choice([512.0, 2048, 4096], rows),
+    )
+    base = make_batch("gemm", raw, H100, "vllm", "bf16").base_s
+    seconds = base * np.where(raw[:, 0] % 16 == 0, 1.0, 1.2)
+    return Problem(H100.name, "vllm", "gemm", "bf16", "0", raw, seconds, raw[:, 1] * 1e6 + raw[:, 2])

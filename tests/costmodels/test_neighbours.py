@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from costmodels.learned.data import Problem
+from costmodels.learned.fitting import fit
+from costmodels.learned.judging import dealt
 from costmodels.learned.neighbours import Neighbours, measured_around
 from costmodels.learned.shapes import columns, make_batch
-from costmodels.learned.train import dealt, fit
 from costmodels.learned.trees import Beside, from_boosting, pack, shortened, unpack
 from tests.costmodels.devices import H100
 
@@ -127,8 +129,10 @@ def test_a_gemm_measured_on_a_grid_is_predicted_from_both_and_survives_a_file(tm
     # What no size tells: each K has a kernel of its own for every M, good or bad.
     luck = np.random.default_rng(1).normal(scale=0.2, size=(300, 400))
     seconds = batch.base_s * np.exp(luck[raw[:, 0].astype(int), np.searchsorted(K, raw[:, 2])])
-    out = dealt([f"{n}x{k}" for n, k in raw[:, 1:]], 4) == 0
-    trees = fit(batch, seconds, ("gemm", "bf16"), 0, ~out)
+    names = np.array([f"{n}x{k}" for n, k in raw[:, 1:]])
+    problem = Problem("h100-sxm-80gb", "vllm", "gemm", "bf16", "0", raw, seconds, names)
+    out = dealt(names, 4) == 0
+    trees = fit(problem, batch, 0, ~out)
     (beside,) = trees.smooth
     assert isinstance(beside, Beside)
     error = np.log(seconds / batch.base_s)[out] - trees.predict(batch.features[out])
@@ -137,7 +141,7 @@ def test_a_gemm_measured_on_a_grid_is_predicted_from_both_and_survives_a_file(tm
     path.write_bytes(pack(trees, {}))
     again, _, _ = unpack(path)
     np.testing.assert_allclose(again.predict(batch.features), trees.predict(batch.features), atol=1e-6)
-    assert pack(fit(batch, seconds, ("gemm", "bf16"), 0, ~out), {}) == path.read_bytes()
+    assert pack(fit(problem, batch, 0, ~out), {}) == path.read_bytes()
 
 
 def test_short_thresholds_answer_alike_and_pack_better() -> None:

@@ -1,0 +1,224 @@
+"""What predictors are made of, fitted: trees, networks, processes, few rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from costmodels.learned import fitting
+from costmodels.learned.data import Problem
+from costmodels.learned.fitting import fit
+from costmodels.learned.net import fit_net
+from costmodels.learned.process import fit_process
+from costmodels.learned.shapes import Batch, bound_s, closed_form, columns, make_batch, rates_of
+from costmodels.learned.train import train_one
+from costmodels.learned.train_few import WAYS, Few, Way, choose_few, fit_few, forest, shares_of
+from costmodels.learned.train_power import fit_power
+from costmodels.learned.transposed import transposed
+from costmodels.learned.trees import from_boosting, from_forest, joined, nothing, pack, unpack
+from hardware import load_catalog
+from tests.costmodels.devices import H100
+from tests.costmodels.shapes import some_gemms
+
+
+def test_trees_equal_scikit_learn_and_survive_a_file(tmp_path: Path) -> None:
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(800, 5)).astype(np.float32)
+    y = x[:, 0] * 2 + np.sin(3 * x[:, 1]) + (x[:, 2] > 0.3)
+    model = HistGradientBoostingRegressor(max_iter=40, max_leaf_nodes=15, random_state=0).fit(x, y)
+    trees = from_boosting(model)
+    # Leaves are rounded to 64 steps of a tree's range, half a step each way: 40 trees with ranges below 1.
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=5e-2)
+    path = tmp_path / "t.npz"
+    path.write_bytes(pack(trees, {"name": "toy"}))
+    again, none, card = unpack(path)
+    assert none is None
+    assert card["name"] == "toy"
+    np.testing.assert_allclose(again.predict(x), trees.predict(x), atol=1e-6)
+
+
+def test_a_forest_is_its_trees_mean_and_adds_to_others() -> None:
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(300, 4)).astype(np.float32)
+    y = x[:, 0] + np.sin(4 * x[:, 1])
+    model = ExtraTreesRegressor(50, min_samples_leaf=2, random_state=0).fit(x, y)
+    trees = from_forest(model)
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=3e-2)
+    twice = joined(trees, trees)
+    np.testing.assert_allclose(twice.predict(x), 2 * trees.predict(x), atol=1e-6)
+
+
+def _smooth(rows: int, seed: int = 4) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-1, 1, size=(rows, 4)).astype(np.float32)
+    return x, np.sin(3 * x[:, 0]) + x[:, 1] * x[:, 2]
+
+
+def test_a_network_follows_what_is_smooth_and_does_not_run_away() -> None:
+    x, y = _smooth(700)
+    net = fit_net(x, y, 0)
+    fresh, truth = _smooth(500, 5)
+    assert np.abs(net.predict(fresh) - truth).mean() < 0.08
+    assert np.abs(net.predict(100.0 * fresh)).max() < 2.0 * np.abs(y).max()
+    np.testing.assert_array_equal(net.predict(fresh), fit_net(x, y, 0).predict(fresh))
+    np.testing.assert_allclose(net.predict(fresh)[:1], net.predict(fresh[:1]), rtol=1e-12)
+
+
+def test_a_process_equals_scikit_learn_and_beats_a_forest_on_few_smooth_rows() -> None:
+    x, y = _smooth(300)
+    process = fit_process(x, y, 0)
+    fresh, truth = _smooth(500, 5)
+    assert np.abs(process.predict(fresh) - truth).mean() < 0.02
+    assert np.abs(forest(x, y, 0).predict(fresh) - truth).mean() > 0.05
+    np.testing.assert_allclose(process.scaled(0.5).predict(fresh), 0.5 * process.predict(fresh), atol=1e-5)
+
+
+def _halves(on: str) -> tuple[float, ...]:
+    return tuple(0.5 * (way.on == on) for way in WAYS)
+
+
+def test_smooth_parts_and_a_spread_survive_a_file(tmp_path: Path) -> None:
+    x, y = _smooth(300)
+    batch = Batch(x.astype(float), np.ones(300), x)
+    net = replace(nothing(), smooth=(fit_net(x, y, 0),))
+    trees = fit_few(batch, np.exp(y), 0, Few(net, _halves("added")))
+    assert len(trees.smooth) == 2
+    path = tmp_path / "t.npz"
+    path.write_bytes(pack(trees, {}, forest(x, np.abs(y), 0)))
+    again, spread, _ = unpack(path)
+    np.testing.assert_allclose(again.predict(x), trees.predict(x), atol=1e-5)
+    assert spread is not None
+    np.testing.assert_allclose(spread.predict(x), forest(x, np.abs(y), 0).predict(x), atol=1e-5)
+
+
+def test_few_rows_see_what_they_refine(tmp_path: Path) -> None:
+    """Where the older kernel was slow the newer one is not: that hangs on its time, which they see."""
+    rng = np.random.default_rng(9)
+    features = rng.uniform(-1, 1, size=(2000, 6)).astype(np.float32)
+    old = np.sin(5 * features[:, 0]) * np.cos(4 * features[:, 1])
+    seconds = np.exp(np.minimum(old, 0.2))
+    batch = Batch(features.astype(float), np.ones(2000), features)
+    knows = replace(nothing(), smooth=(fit_process(features[:700], old[:700], 0),))
+    some, rest = np.arange(2000) < 250, np.arange(2000) >= 250
+    error = {
+        sees: np.abs(
+            np.log(seconds[rest])
+            - fit_few(batch, seconds, 0, Few(knows, _halves("seen" if sees else "added")), some).predict(
+                features[rest]
+            )
+        ).mean()
+        for sees in (False, True)
+    }
+    assert error[True] < 0.6 * error[False]
+    trees = fit_few(batch, seconds, 0, Few(knows, _halves("seen")), some)
+    path = tmp_path / "t.npz"
+    path.write_bytes(pack(trees, {}))
+    np.testing.assert_allclose(unpack(path)[0].predict(features), trees.predict(features), atol=1e-5)
+
+
+def test_few_rows_are_fitted_by_what_errs_least() -> None:
+    x, y = _smooth(300)
+    batch = Batch(x.astype(float), np.ones(300), x)
+    alone = dict(zip(WAYS, choose_few(batch, np.exp(y), 0, None).shares, strict=True))
+    assert alone[Way("alone", "process")] > 0.9
+    assert sum(alone.values()) == pytest.approx(1.0)
+    assert all(not share for way, share in alone.items() if way.on != "alone")
+    knows = replace(nothing(), smooth=(fit_process(x, y, 0),))
+    leant = choose_few(batch, np.exp(y + 0.01 * np.sign(x[:, 3])), 0, knows)
+    assert leant.prior is knows
+    assert sum(leant.shares[:2]) < 0.5
+
+
+def test_ways_that_err_apart_share_the_answer() -> None:
+    """Two that err alike and apart share it half and half, a third that errs more gets little, noise nothing;
+    a broken row has no say."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=800)
+    noise = rng.normal(size=(800, 4)) * (0.1, 0.1, 0.3, 2.0)
+    guess = truth[:, None] + noise
+    guess[5] = truth[5] + 30.0
+    share = shares_of(guess, truth)
+    np.testing.assert_allclose(share[:3], [0.47, 0.47, 0.06], atol=0.06)
+    assert share[3] == 0.0
+    assert share.sum() == pytest.approx(1.0)
+    assert np.abs(noise @ share).mean() < 0.8 * np.abs(noise[:, 0]).mean()
+
+
+def test_equal_data_and_seed_make_equal_bytes() -> None:
+    first, card = train_one(some_gemms(), 0)
+    second, _ = train_one(some_gemms(), 0)
+    assert first == second
+    assert card["mape"] < 0.05 < card["closed_form_mape"]
+
+
+def _grid(dtype: str, most: float, engine: str = "trtllm") -> Problem:
+    """GEMMs of up to `most` tokens; their true time is no closed form's: efficiency falls with M N, and
+    narrow activations [M, K] are read once more."""
+    n = 2.0 ** np.arange(8, 17)
+    m, n, k = (x.ravel() for x in np.meshgrid(n[n <= most], n, 2.0 ** np.arange(5, 17), indexing="ij"))
+    return _timed(dtype, columns("gemm", m=m, n=n, k=k), engine)
+
+
+def _timed(dtype: str, raw: Any, engine: str) -> Problem:
+    m, n, k = raw.T
+    rates = rates_of(load_catalog().device("h100-sxm-80gb"), "gemm", dtype)
+    product = 2.0 * m * n * k / rates.peak * (1.3 + 0.02 * np.log2(m * n / 2.0**16)) + 4e-6
+    seconds = np.maximum(product, bound_s("gemm", raw, H100, dtype))
+    if dtype == "fp8":
+        seconds = seconds + 12.0 * m * k / rates.bandwidth
+    groups = np.array([f"{a:g}x{b:g}" for a, b in raw[:, 1:]])
+    return Problem("h100-sxm-80gb", engine, "gemm", dtype, "0", raw, seconds, groups)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_wide_matrices_tell_of_many_tokens(dtype: str) -> None:
+    problem = _grid(dtype, 4096)
+    raw, seconds = transposed(problem, problem.raw, problem.seconds, 0)
+    assert len(raw)
+    assert raw[:, 0].min() > 4096
+    assert raw[:, 1].max() <= 4096
+    error = np.log(seconds / _timed(dtype, raw, "trtllm").seconds)
+    assert np.abs(error).mean() < 0.05
+    # Nothing of it within what was measured.
+    assert not {tuple(row) for row in raw.tolist()} & {tuple(row) for row in problem.raw.tolist()}
+
+
+def test_what_lies_beyond_the_measured_tokens_is_learned_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = _grid("bf16", 4096)
+    batch = make_batch("gemm", problem.raw, H100, "trtllm", "bf16")
+    beyond = _timed("bf16", _grid("bf16", 65536).raw, "trtllm")
+    far = beyond.raw[:, 0] > 8192
+    asked = make_batch("gemm", beyond.raw[far], H100, "trtllm", "bf16")
+    truth = np.log(beyond.seconds[far] / asked.base_s)
+    found = np.abs(truth - fit(problem, batch, 0).predict(asked.features)).mean()
+    monkeypatch.setattr(fitting, "transposed", lambda problem, raw, seconds, seed: (raw[:0], seconds[:0]))
+    without = np.abs(truth - fit(problem, batch, 0).predict(asked.features)).mean()
+    assert found < 0.8 * without
+
+
+def test_a_format_scaled_row_by_row_tells_nothing_of_the_swapped_product() -> None:
+    vllm = _grid("fp8", 4096, "vllm")
+    assert closed_form("gemm", H100, "vllm", "fp8").fit.values["row_s"] > 0
+    assert not len(transposed(vllm, vllm.raw, vllm.seconds, 0)[0])
+    # Nor do a handful of rows, or rows of as many tokens as there are columns.
+    few = _grid("bf16", 4096)
+    assert not len(transposed(few, few.raw[:50], few.seconds[:50], 0)[0])
+    square = _grid("bf16", 65536)
+    assert not len(transposed(square, square.raw, square.seconds, 0)[0])
+
+
+def test_power_is_a_mean_and_a_median() -> None:
+    """One reading in five jumps: the answer lies between the median, which no jump moves, and the mean."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2000, 3)).astype(np.float32)
+    share = np.where(rng.random(2000) < 0.2, 0.4, 0.9)
+    found = fit_power(features, share, "gemm", 0).predict(features)
+    assert abs(found.mean() - (0.9 + share.mean()) / 2.0) < 0.02
