@@ -21,8 +21,8 @@ _LENGTHS = (0.3, 1e3)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Process:
-    """mean, scale, low, high, length [f] of the features; anchors [n, f], standardised and in lengths;
-    weights [n]; prediction is base + kernel @ weights."""
+    """mean, scale, low, high, length [f] of the features; anchors [n, f], standardised; weights [n];
+    prediction is base + kernel @ weights."""
 
     mean: Matrix
     scale: Matrix
@@ -37,7 +37,7 @@ class Process:
         """[n] predictions of features [n, f]."""
         rows = np.clip((features - self.mean) / self.scale, self.low, self.high).astype(np.float64)
         rows = rows / self.length
-        anchors = self.anchors.astype(np.float64)
+        anchors = self.anchors.astype(np.float64) / self.length
         squared = (anchors**2).sum(axis=1)
         found = np.empty(len(rows))
         for start in range(0, len(rows), _CHUNK):
@@ -55,7 +55,7 @@ class Process:
         """Named arrays that `from_arrays` takes."""
         columns = np.stack([self.mean, self.scale, self.low, self.high, self.length]).astype(np.float32)
         return {
-            "columns": columns, "anchors": self.anchors, "weights": self.weights,
+            "columns": columns, "anchors": np.ascontiguousarray(self.anchors.T), "weights": self.weights,
             "base": np.array([self.base]),
         }  # fmt: skip
 
@@ -64,7 +64,12 @@ class Process:
         """The process that `arrays` describes."""
         mean, scale, low, high, length = arrays["columns"]
         base = float(arrays["base"][0])
-        return cls(mean, scale, low, high, length, arrays["anchors"], arrays["weights"], base)
+        return cls(mean, scale, low, high, length, arrays["anchors"].T, arrays["weights"], base)
+
+
+def _short(rows: Matrix) -> Matrix:
+    """Rounded to 13 bits of fraction, before anything is fitted on them: files are half the size."""
+    return np.asarray(((rows.view(np.int32) + 0x200) & ~0x3FF).view(np.float32))
 
 
 def fit_process(features: Matrix, target: npt.NDArray[np.float64], seed: int) -> Process:
@@ -85,7 +90,10 @@ def fit_process(features: Matrix, target: npt.NDArray[np.float64], seed: int) ->
 
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-6, scale, 1.0)
-    rows = ((features - mean) / scale).astype(np.float64)
+    rows = _short(((features - mean) / scale).astype(np.float32))
+    # What is alike stands together, column by column: so they pack best.
+    order = np.lexsort(rows.T)
+    rows, target = rows[order].astype(np.float64), target[order]
     kernel = ConstantKernel(1.0) * Matern(
         np.full(rows.shape[1], 5.0), length_scale_bounds=_LENGTHS, nu=1.5
     ) + WhiteKernel(1e-2, (1e-4, 1.0))
@@ -105,7 +113,7 @@ def fit_process(features: Matrix, target: npt.NDArray[np.float64], seed: int) ->
         rows.min(axis=0).astype(np.float32),
         rows.max(axis=0).astype(np.float32),
         length.astype(np.float32),
-        (rows / length).astype(np.float32),
+        rows.astype(np.float32),
         weights.astype(np.float32),
         float(model._y_train_mean),
     )

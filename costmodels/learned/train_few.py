@@ -22,7 +22,7 @@ FEW_ROWS = 1500
 _BOOSTED = Setting(120, 15, 0.15, 3, 0.5)
 _FOLDS = 3
 #: Shares below this are left out: they add size and say nothing.
-_LEAST_SHARE = 0.03
+_LEAST_SHARE = 0.1
 #: Rows whose error by every way is beyond this (a factor of three) have no say in the shares.
 _WILD = 1.1
 
@@ -42,11 +42,12 @@ WAYS = tuple(Way(on, kind) for on in ("alone", "added", "seen") for kind in ("fo
 
 
 class Few(NamedTuple):
-    """How few rows are fitted: what they refine (None: the closed form alone), and the share of each of
-    `WAYS` in the answer."""
+    """How few rows are fitted: what they refine (None: the closed form alone), the share of each of `WAYS` in
+    the answer, and what was predicted of each row by fits without its fold, where folds were given."""
 
     prior: Trees | None
     shares: tuple[float, ...]
+    left_out: FloatArray | None = None
 
 
 def only(way: Way, prior: Trees | None = None) -> Few:
@@ -116,7 +117,8 @@ def choose_few(
     of the same kernels, an older engine version's, say), by the error on rows left out in turn: each `fold`,
     or any third."""
     ratio = np.log(seconds / batch.base_s)
-    if fold is None or len(np.unique(fold)) < 2:
+    told = fold is not None and len(np.unique(fold)) > 1
+    if fold is None or not told:
         fold = np.random.default_rng(seed).permutation(len(ratio)) % _FOLDS
     ways = [way for way in WAYS if way.kind in kinds and (prior is not None or way.on == "alone")]
     guess = np.zeros((len(ratio), len(ways)))
@@ -125,8 +127,9 @@ def choose_few(
         for column, way in enumerate(ways):
             trees = fit_few(batch, seconds, seed, only(way, prior), ~out)
             guess[out, column] = trees.predict(batch.features[out])
-    found = dict(zip(ways, shares_of(guess, ratio), strict=True))
-    return Few(prior, tuple(float(found.get(way, 0.0)) for way in WAYS))
+    share = shares_of(guess, ratio)
+    found = dict(zip(ways, share, strict=True))
+    return Few(prior, tuple(float(found.get(way, 0.0)) for way in WAYS), guess @ share if told else None)
 
 
 def shares_of(guess: FloatArray, truth: FloatArray) -> npt.NDArray[np.float64]:

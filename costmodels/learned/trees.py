@@ -28,7 +28,7 @@ from costmodels.learned.net import Net
 from costmodels.learned.process import Process
 
 Matrix = npt.NDArray[np.float32]
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 _STEPS = 63.0
 _LEAF = 255
 #: ZIP entries carry a time; a fixed one keeps equal content equal.

@@ -14,7 +14,7 @@ from costmodels import (
 )
 from costmodels.learned.apex import apex_problems
 from costmodels.learned.curves import curve_time
-from costmodels.learned.data import clean, problems
+from costmodels.learned.data import clean, power_problems, problems
 from costmodels.learned.shapes import (
     bound_s,
     columns,
@@ -64,6 +64,29 @@ def test_tables_are_cleaned_and_trained(tmp_path: Path) -> None:
     assert card.key == "h100-sxm-80gb/vllm/gemm/bf16"
     assert (tmp_path / "out" / card.file).stat().st_size == card.size_bytes
     assert card.mape < card.closed_form_mape
+
+
+def test_power_that_was_not_steady_teaches_nothing(tmp_path: Path) -> None:
+    """Short windows are mostly idle; H200's readings of its largest matrices hold the making of them."""
+    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
+    pytest.importorskip("pyarrow", reason="reading measurements needs the extra `train`")
+    m, n = (x.ravel() for x in np.meshgrid(np.arange(1, 151), [4096, 65536]))
+    frame = pd.DataFrame({"m": m, "n": n, "k": np.where(n == 4096, 16384, 51200), "gemm_dtype": "bfloat16"})
+    frame["latency"], frame["power"], frame["power_limit"] = np.where(m % 2, 2.0, 3.0), 500.0, 700.0
+    short = frame.assign(k=512, latency=0.01)
+    more = frame.assign(n=2048)
+    for system in ("h200_sxm", "gb200"):
+        target = tmp_path / system / "gemm" / ("vllm" if system == "h200_sxm" else "trtllm") / "0.22.0"
+        target.mkdir(parents=True)
+        pd.concat([frame, more, short]).to_parquet(target / "gemm_perf.parquet")
+    found = {problem.device_name: problem for problem in power_problems(tmp_path)}
+    steady, large = found["gb200-186gb"], found["h200-sxm-141gb"]
+    assert steady.watts is not None
+    assert (steady.seconds >= 2e-3).all()
+    assert steady.dropped["not at steady power"] == len(short)
+    weights = 2 * large.raw[:, 1] * large.raw[:, 2]
+    assert weights.max() < 6e9 < (2 * steady.raw[:, 1] * steady.raw[:, 2]).max()
+    assert large.dropped["not at steady power"] == len(short) + 150
 
 
 def _apex(folder: Path) -> None:
