@@ -45,18 +45,17 @@ class Neighbours:
         """[rows, 9] of features [rows, f], the first three of which are log2 of M, N and K."""
         pairs, back = np.unique(features[:, 1:3], axis=0, return_inverse=True)
         known = self.steps != _NONE
-        value, there = np.where(known, self.steps * _STEP, 0.0), known.astype(np.float64)
+        cells = len(self.n) * len(self.k)
+        # [2 M, N K]: sums of what was measured, and how much was; one matrix product answers for all pairs.
+        measured = np.concatenate([np.where(known, self.steps * _STEP, 0.0), known]).reshape(-1, cells)
         across = pairs[:, :1].astype(np.float64) - self.n, pairs[:, 1:].astype(np.float64) - self.k
 
         def average(*weights: tuple[FloatArray, FloatArray]) -> FloatArray:
             """[M, pairs] weighted means; NaN where nothing was measured."""
-            total: Any = 0.0
-            weight: Any = 0.0
-            for by_n, by_k in weights:
-                total = total + np.einsum("mnk,pn,pk->mp", value, by_n, by_k, optimize=True)
-                weight = weight + np.einsum("mnk,pn,pk->mp", there, by_n, by_k, optimize=True)
+            weight: Any = sum(by_n[:, :, None] * by_k[:, None, :] for by_n, by_k in weights)
+            total, there = np.split(measured @ weight.reshape(-1, cells).T, 2)
             with np.errstate(invalid="ignore", divide="ignore"):
-                return np.asarray(np.where(weight > 0.0, total / weight, np.nan))
+                return np.asarray(np.where(there > 0.0, total / there, np.nan))
 
         def gauss(axis: int, width: float, side: int = 0) -> FloatArray:
             """[pairs, sizes]; side: only smaller sizes (-1), only larger ones (1)."""

@@ -9,7 +9,6 @@ import numpy as np
 from costmodels.learned.boosting import SETTINGS, boosted
 from costmodels.learned.cards import card_of
 from costmodels.learned.data import Problem
-from costmodels.learned.fitting import fit
 from costmodels.learned.judging import dealt
 from costmodels.learned.shapes import (
     FORMATS,
@@ -46,13 +45,14 @@ def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
     share = (problem.watts - device.idle_w) / (device.tdp_w - device.idle_w)
     label = np.asarray(problem.group).astype(str)
     fold = dealt(label, _FOLDS)
+    ratio = np.log(problem.seconds / batch.base_s)
     watts, seconds = np.zeros(len(share)), np.zeros(len(share))
     for number in range(_FOLDS):
         out = fold == number
         if out.any() and not out.all():
             guess = fit_power(features[~out], share[~out], family, seed).predict(features[out])
             watts[out] = device.idle_w + np.clip(guess, 0.02, 1.0) * (device.tdp_w - device.idle_w)
-            trees = fit(problem, batch, seed, ~out)
+            trees = boosted(batch.features[~out], ratio[~out], family, seed)
             seconds[out] = batch.base_s[out] * np.exp(trees.predict(batch.features[out]))
     error = np.log(problem.watts / watts)
     variance = float(np.sum((problem.watts - problem.watts.mean()) ** 2))

@@ -12,11 +12,22 @@ import pytest
 from costmodels.learned import fitting
 from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit
+from costmodels.learned.judging import judge
 from costmodels.learned.net import fit_net
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import Batch, bound_s, closed_form, columns, make_batch, rates_of
-from costmodels.learned.train import train_one
-from costmodels.learned.train_few import WAYS, Few, Way, choose_few, fit_few, forest, shares_of
+from costmodels.learned.train import few_of, train_one
+from costmodels.learned.train_few import (
+    FEW_ROWS,
+    SHIPPED,
+    WAYS,
+    Few,
+    Way,
+    choose_few,
+    fit_few,
+    forest,
+    shares_of,
+)
 from costmodels.learned.train_power import fit_power
 from costmodels.learned.transposed import transposed
 from costmodels.learned.trees import from_boosting, from_forest, joined, nothing, pack, unpack
@@ -150,6 +161,23 @@ def test_ways_that_err_apart_share_the_answer() -> None:
     assert share[3] == 0.0
     assert share.sum() == pytest.approx(1.0)
     assert np.abs(noise @ share).mean() < 0.8 * np.abs(noise[:, 0]).mean()
+
+
+def test_a_small_table_is_judged_by_what_was_left_out_when_its_shares_were_found() -> None:
+    problem = some_gemms(2, 700)
+    batch = make_batch("gemm", problem.raw, H100, "vllm", "bf16")
+    few = few_of(problem, batch, 0)
+    assert few is not None
+    assert few.left_out is not None
+    assert {way.kind for way, share in zip(WAYS, few.shares, strict=True) if share} <= set(SHIPPED)
+    ratio = np.log(problem.seconds / batch.base_s)
+    kept = judge(batch, problem, 0, few).error
+    np.testing.assert_allclose(kept, ratio - few.left_out)
+    # The same, fitted once more.
+    again = judge(batch, problem, 0, few._replace(left_out=None)).error
+    np.testing.assert_allclose(kept, again, atol=1e-3)
+    # Many rows are boosted as ever.
+    assert few_of(some_gemms(2, FEW_ROWS), batch, 0) is None
 
 
 def test_equal_data_and_seed_make_equal_bytes() -> None:
