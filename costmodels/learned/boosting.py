@@ -30,6 +30,8 @@ SETTINGS: dict[str, Setting] = {
     "bmm": Setting(200, 15, 0.1, 6),
     "power": Setting(160, 31, 0.11, 6, 0.3),
     "power-prefill": Setting(100, 63, 0.14, 6, 0.3),
+    "power-decode": Setting(80, 15, 0.15, 6, 0.3),
+    "power-moe": Setting(80, 15, 0.15, 6, 0.3),
     "spread": Setting(60, 15, 0.1, 30),
 }
 #: Thresholds a feature: more err no less, and the files are a fifth smaller than with 255.

@@ -27,7 +27,7 @@ from costmodels.ops import FloatArray
 SMOOTH = ("prefill", "mla_prefill")
 #: Where half of the answer knows what was measured near by, each half with this share of the family's trees.
 #: GEMMs of 16 bits gain 5 %; those of narrow formats 2 %, which is not worth a table in every file.
-GRIDDED, _HALF = (("gemm", "bf16"),), 0.42
+GRIDDED, _HALF = (("gemm", "bf16"),), 0.45
 #: Residuals beyond this (a factor of 12) are broken rows, not kernels.
 _WILD = 2.5
 #: Trees that say what lies beyond the measured tokens without having seen it.
