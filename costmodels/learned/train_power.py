@@ -43,8 +43,7 @@ def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
     bound = bound_s(family, problem.raw, device, problem.dtype)
     features = power_features(batch, problem.seconds, bound)
     share = (problem.watts - device.idle_w) / (device.tdp_w - device.idle_w)
-    label = np.asarray(problem.group).astype(str)
-    fold = dealt(label, _FOLDS)
+    fold = dealt(problem.group, _FOLDS)
     ratio = np.log(problem.seconds / batch.base_s)
     watts, seconds = np.zeros(len(share)), np.zeros(len(share))
     for number in range(_FOLDS):
