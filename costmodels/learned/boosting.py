@@ -36,6 +36,9 @@ SETTINGS: dict[str, Setting] = {
 }
 #: Thresholds a feature: more err no less, and the files are a fifth smaller than with 255.
 _BINS = 64
+#: A fit that only shows how far off it is has so many times fewer trees, each going so much further: of
+#: half of them the error is 1 to 4 % larger (of a third 3 to 10 %).
+_BRIEF = 2.0
 
 
 def boosted(
@@ -53,7 +56,7 @@ def boosted(
     from threadpoolctl import threadpool_limits
 
     size = SETTINGS[family] if isinstance(family, str) else family
-    cut = 1.5 if brief else 1.0
+    cut = _BRIEF if brief else 1.0
     model = HistGradientBoostingRegressor(
         loss=loss, max_iter=int(size.trees / cut), max_leaf_nodes=size.leaves, learning_rate=size.rate * cut,
         min_samples_leaf=size.least, max_features=size.share, l2_regularization=0.3, max_bins=_BINS,

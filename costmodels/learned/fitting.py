@@ -1,8 +1,8 @@
 """Fitting one predictor of time: measured rows to trees, and what stands beside them.
 
 Target: log(measured / closed form). Attention over prompts is first fitted by a small network, as it varies
-smoothly with sizes; trees fit the rest, and everything else. A GEMM's answer is the mean of two: trees on
-physics alone, and trees that also see what was measured around it.
+smoothly with sizes; trees fit the rest. The answer for a GEMM and for experts is the mean of two: trees on
+physics alone, and trees that correct a network, or in 16 bits also see what was measured around a GEMM.
 
 This and its neighbours `boosting`, `train_*`, `net` and `process` are the only door to scikit-learn.
 """
@@ -17,10 +17,10 @@ import numpy as np
 from costmodels.learned.boosting import SETTINGS, Setting, boosted
 from costmodels.learned.data import Problem
 from costmodels.learned.neighbours import measured_around
-from costmodels.learned.net import fit_net
+from costmodels.learned.net import LARGE, SMALL, Layers, fit_net
 from costmodels.learned.shapes import Batch, Matrix, closed_form, make_batch
 from costmodels.learned.transposed import transposed
-from costmodels.learned.trees import Beside, Trees, scaled
+from costmodels.learned.trees import Beside, Hedged, Trees, nothing, scaled
 from costmodels.ops import FloatArray
 
 #: Families whose trees correct a network.
@@ -28,6 +28,12 @@ SMOOTH = ("prefill", "mla_prefill")
 #: Where half of the answer knows what was measured near by, each half with this share of the family's trees.
 #: GEMMs of 16 bits gain 5 %; those of narrow formats 2 %, which is not worth a table in every file.
 GRIDDED, _HALF = (("gemm", "bf16"),), 0.45
+#: Families whose other predictors are the mean of two: trees alone, and trees that correct a small network.
+#: They err apart: GEMMs of narrow formats gain 2 to 30 %, experts of models never seen 10.
+HEDGED = ("gemm", "moe")
+#: Log units that the one with the network may lie off the other one: of two dozen expert tables, the four
+#: whose networks ran wild on models never seen then lose little.
+_APART = 0.3
 #: Residuals beyond this (a factor of 12) are broken rows, not kernels.
 _WILD = 2.5
 #: Trees that say what lies beyond the measured tokens without having seen it.
@@ -44,19 +50,32 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     features, target = batch.features[chosen], np.log(seconds[chosen] / batch.base_s[chosen])
     sound = np.abs(target - np.median(target)) < _WILD
     features, target = features[sound], target[sound]
-    net = fit_net(features, target, seed, brief=brief) if family in SMOOTH else None
-    if net is not None:
-        target = target - net.predict(features)
+    if family in SMOOTH:
+        return _upon_net(features, target, family, LARGE, seed, brief)
     near = measured_around(features, target) if problem.kind in GRIDDED else None
+    measured = features, target
     if family == "gemm" and not brief:
         features, target = _and_beyond(problem, batch, chosen, features, target, seed)
-    if near is None:
-        return boosted(features, target, family, seed, net, brief=brief)
     size = SETTINGS[family]
     half = size._replace(trees=int(size.trees * _HALF))
+    if near is None and family in HEDGED:
+        first = boosted(features, target, half, seed, brief=brief)
+        second = _upon_net(*measured, half, SMALL, seed, brief)
+        tokens = float(measured[0][:, 0].max())  # log2; beyond those, a network only knows its edge
+        return replace(nothing(), smooth=(Hedged(first, second, _APART, tokens),))
+    if near is None:
+        return boosted(features, target, size, seed, brief=brief)
     rows_near = np.column_stack([features, near.columns(features)])
     plain, more = (boosted(part, target, half, seed, brief=brief) for part in (features, rows_near))
     return replace(scaled(plain, 0.5), smooth=(Beside(near, scaled(more, 0.5)),))
+
+
+def _upon_net(
+    features: Matrix, target: FloatArray, size: str | Setting, layers: Layers, seed: int, brief: bool
+) -> Trees:
+    """A network, and trees that correct it."""
+    net = fit_net(features, target, seed, layers, brief=brief)
+    return boosted(features, target - net.predict(features), size, seed, net, brief=brief)
 
 
 def _and_beyond(

@@ -40,10 +40,13 @@ _OFTEN, _NARROWEST = 0.915, 0.3
 JUDGED_FROM = 85
 _FEW_GROUPS, _FEW_FOLDS, _FOLDS = 60, 5, 3
 #: Errors fall with the share of the groups that are fitted on as share^-0.35, and faster where kernels switch
-#: often or scale by blocks (measured on GEMM and attention of six devices, on groups that nothing is judged
-#: by): folds err by so much more than what ships.
+#: often or scale by blocks, and where a final fit gains most from its longer training (measured on GEMM and
+#: attention of six devices, on groups that nothing is judged by): folds err by so much more than what ships.
 _LEARNING = 0.35
-_LEARNING_OF = {("decode", "any"): 0.68, ("gemm", "fp8_block"): 0.55, ("gemm", "fp4"): 0.55}
+_LEARNING_OF = {
+    ("decode", "any"): 0.68, ("gemm", "fp8_block"): 0.55, ("gemm", "fp4"): 0.55,
+    ("gemm", "bf16"): 0.5, ("prefill", "any"): 0.5,
+}  # fmt: skip
 _CUTS = ("intermediate", "local_experts", "heads", "kv_heads", "n", "k")
 
 
@@ -143,7 +146,7 @@ def judge(batch: Batch, problem: Problem, seed: int, few: Few | None = None) -> 
     learns = few is None and len(names) >= _FEW_GROUPS
     unit = np.ones(len(error))
     for out in parts if learns else ():
-        trees = _fit_spread(batch.features[~out], error[~out], seed)
+        trees = _fit_spread(batch.features[~out], error[~out], seed, brief=True)
         unit[out] = np.clip(trees.predict(batch.features[out]), LEAST_SPREAD, 1.0)
     reach = np.zeros(len(error))  # of an interval made without the row's fold: 1 at its end
     for out in parts:
@@ -164,7 +167,7 @@ def judge(batch: Batch, problem: Problem, seed: int, few: Few | None = None) -> 
     )
 
 
-def _fit_spread(features: Any, error: FloatArray, seed: int) -> Trees:
+def _fit_spread(features: Any, error: FloatArray, seed: int, *, brief: bool = False) -> Trees:
     """Trees of |error|; broken rows count as no more than what one row in a hundred reaches."""
     size = np.abs(error)
-    return boosted(features, np.minimum(size, np.quantile(size, 0.99)), "spread", seed)
+    return boosted(features, np.minimum(size, np.quantile(size, 0.99)), "spread", seed, brief=brief)

@@ -16,6 +16,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -157,12 +158,18 @@ def find_shipped(key: str, device: Device) -> Artifact | None:
 
 
 def _load(row: Mapping[str, Any], device: Device, twin: bool) -> Artifact | None:
+    path = row["folder"] / row["file"]
     try:
-        trees, spread, card = unpack(row["folder"] / row["file"])
-    except ValueError:
-        return None  # a user's own, of another version's format
-    if card["features"] != FEATURES_VERSION:
-        return None  # fitted on other features: of no use to this code
+        trees, spread, card = unpack(path)
+        if card["features"] != FEATURES_VERSION:
+            raise ValueError(
+                f"it is fitted on features {card['features']}, this version's are {FEATURES_VERSION}"
+            )
+    except (ValueError, KeyError, OSError, BadZipFile) as error:
+        # A predictor that its owner counts on and that is passed over in silence would mislead.
+        owned = path.parent != folders()[-1]
+        field, hint = (OWN, "fit it anew with planfront train") if owned else ("costmodels", "install anew")
+        raise InputError(field, f"{path} cannot be used: {error}", hint) from error
     family = card["family"].removeprefix(POWER)
     try:
         rates = rates_of(device, family, card["dtype"])

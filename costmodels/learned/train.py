@@ -18,11 +18,12 @@ import numpy as np
 
 from costmodels.learned.apex import apex_problems
 from costmodels.learned.cards import Card, card_of
-from costmodels.learned.data import Problem, find_tables, power_problems, problems
+from costmodels.learned.data import Problem, power_problems, problems
 from costmodels.learned.fitting import fit
 from costmodels.learned.judging import held_out, judge
 from costmodels.learned.shapes import TIME_CLASSES, Batch, closed_form, make_batch, time_class
 from costmodels.learned.store import find_shipped
+from costmodels.learned.tables import find_tables
 from costmodels.learned.train_curves import train_collectives, train_memory
 from costmodels.learned.train_few import FEW_ROWS, SHIPPED, Few, choose_few, fit_few, mape
 from costmodels.learned.train_power import train_power
@@ -100,7 +101,7 @@ def train(
     judged: list[str] = []
 
     def keep(data: bytes, card: dict[str, Any]) -> None:
-        name = f"{card['key'].replace('/', '--')}.npz"
+        name = f"{card['key'].replace('/', '--')}.zip"
         judged.append(card["key"])
         if card["mape"] is None or not card["mape"] < card["closed_form_mape"]:
             # Several kernels behind one table can defeat it; then the closed form is the better guess.

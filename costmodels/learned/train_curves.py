@@ -16,7 +16,7 @@ import numpy as np
 
 from costmodels.learned.apex import apex_collectives
 from costmodels.learned.curves import describe
-from costmodels.learned.data import collective_tables, memory_tables, scale_tables
+from costmodels.learned.data_curves import collective_tables, memory_tables, scale_tables
 from hardware import load_catalog
 
 

@@ -21,8 +21,6 @@ FEW_ROWS = 1500
 #: Small leaves: few rows are told apart by few others.
 _BOOSTED = Setting(120, 15, 0.15, 3, 0.5)
 _FOLDS = 3
-#: Shares below this are left out: they add size and say nothing.
-_LEAST_SHARE = 0.1
 #: Rows whose error by every way is beyond this (a factor of three) have no say in the shares.
 _WILD = 1.1
 
@@ -38,6 +36,8 @@ class Way(NamedTuple):
 
 #: A forest errs less than boosted trees and is twenty times their size: a user's files may be large.
 OWN, SHIPPED = ("forest", "process"), ("boosted", "process")
+#: Shares below this are left out: they add more to the file than to the answer.
+_LEAST_SHARE: dict[tuple[str, ...], float] = {OWN: 0.03, SHIPPED: 0.1}
 WAYS = tuple(Way(on, kind) for on in ("alone", "added", "seen") for kind in ("forest", "boosted", "process"))
 
 
@@ -127,13 +127,13 @@ def choose_few(
         for column, way in enumerate(ways):
             trees = fit_few(batch, seconds, seed, only(way, prior), ~out)
             guess[out, column] = trees.predict(batch.features[out])
-    share = shares_of(guess, ratio)
+    share = shares_of(guess, ratio, _LEAST_SHARE.get(kinds, 0.0))
     found = dict(zip(ways, share, strict=True))
     return Few(prior, tuple(float(found.get(way, 0.0)) for way in WAYS), guess @ share if told else None)
 
 
-def shares_of(guess: FloatArray, truth: FloatArray) -> npt.NDArray[np.float64]:
-    """Shares [w] >= 0 of columns [n, w], one in all, whose sum is nearest to the truth [n]."""
+def shares_of(guess: FloatArray, truth: FloatArray, least: float) -> npt.NDArray[np.float64]:
+    """Shares [w] of columns [n, w], one in all, none below `least`, whose sum is nearest to the truth [n]."""
     from scipy.optimize import nnls
 
     sound = np.abs(guess - truth[:, None]).min(axis=1) < _WILD
@@ -142,5 +142,5 @@ def shares_of(guess: FloatArray, truth: FloatArray) -> npt.NDArray[np.float64]:
     one = 1e3 * np.sqrt(float(sound.sum()))
     rows = np.vstack([guess[sound], np.full((1, guess.shape[1]), one)])
     share = np.asarray(nnls(rows, np.append(truth[sound], one))[0])
-    share = np.where(share < _LEAST_SHARE * share.sum(), 0.0, share)
+    share = np.where(share < least * share.sum(), 0.0, share)
     return np.asarray(share / share.sum())

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from costmodels.learned.boosting import SETTINGS, boosted
+from costmodels.learned.boosting import SETTINGS, Setting, boosted
 from costmodels.learned.cards import card_of
 from costmodels.learned.data import Problem
 from costmodels.learned.judging import dealt
@@ -28,6 +28,8 @@ from costmodels.ops import FloatArray
 from costmodels.power import POWER_FITS
 
 _FOLDS = 7
+#: Trees of the time in an operation's energy, where rows are few; elsewhere the family's own.
+_TIMED, _MANY_ROWS = Setting(120, 31, 0.15, 4, 0.5), 4000
 
 
 def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
@@ -44,6 +46,7 @@ def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
     features = power_features(batch, problem.seconds, bound)
     share = (problem.watts - device.idle_w) / (device.tdp_w - device.idle_w)
     fold = dealt(problem.group, _FOLDS)
+    timed = family if len(share) >= _MANY_ROWS else _TIMED
     ratio = np.log(problem.seconds / batch.base_s)
     watts, seconds = np.zeros(len(share)), np.zeros(len(share))
     for number in range(_FOLDS):
@@ -51,7 +54,7 @@ def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
         if out.any() and not out.all():
             guess = fit_power(features[~out], share[~out], family, seed).predict(features[out])
             watts[out] = device.idle_w + np.clip(guess, 0.02, 1.0) * (device.tdp_w - device.idle_w)
-            trees = boosted(batch.features[~out], ratio[~out], family, seed)
+            trees = boosted(batch.features[~out], ratio[~out], timed, seed)
             seconds[out] = batch.base_s[out] * np.exp(trees.predict(batch.features[out]))
     error = np.log(problem.watts / watts)
     variance = float(np.sum((problem.watts - problem.watts.mean()) ** 2))

@@ -4,9 +4,10 @@ An internal node is a feature and a threshold; its left child is the next node, 
 the left branch, so files need not say where. A leaf is a value. Files keep thresholds as a table of distinct
 values per feature and an index of one byte, and leaf values as 64 steps between a tree's least and greatest
 (late trees only make small corrections, so their steps are small too). Trees may correct smooth parts
-(networks, Gaussian processes) and stand beside others that also see what was measured near by; a file may
-hold second trees that say how far off the first ones are. Files are NPZ without pickles, with a JSON header;
-equal trees make equal bytes.
+(networks, Gaussian processes) and stand beside others that also see what was measured near by, or that a
+network stands under; a file may
+hold second trees that say how far off the first ones are. Files are ZIP archives of a card (JSON) and arrays
+in NumPy's own format, one after the other, without pickles; equal trees make equal bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from costmodels.learned.net import Net
 from costmodels.learned.process import Process
 
 Matrix = npt.NDArray[np.float32]
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 _STEPS = 63.0
 _LEAF = 255
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
@@ -117,6 +118,37 @@ class Upon:
         return cls(_from_arrays(parts["prior"]), _from_arrays(parts["more"]), base, share)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Hedged:
+    """The mean of two predictors, the second no further than `apart` from the first: a network may run wild
+    between the rows it was fitted on, trees do not. Where the first feature is beyond `edge` the first
+    answers alone."""
+
+    first: Trees
+    second: Trees
+    apart: float
+    edge: float
+
+    def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
+        """[n] predictions of features [n, f]."""
+        first = self.first.predict(features)
+        away = np.clip(self.second.predict(features) - first, -self.apart, self.apart)
+        return np.where(features[:, 0] <= self.edge, first + 0.5 * away, first)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Named arrays that `from_arrays` takes."""
+        parts = {"first": self.first, "second": self.second}
+        found = {f"{part}.{name}": a for part, trees in parts.items() for name, a in _arrays(trees).items()}
+        return found | {"own.limits": np.array([self.apart, self.edge])}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Hedged:
+        """The predictors that `arrays` describe."""
+        parts = _parted(arrays)
+        first, second = (_from_arrays(parts[name]) for name in ("first", "second"))
+        return cls(first, second, *parts["own"]["limits"].tolist())
+
+
 def _parted(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, dict[str, npt.NDArray[Any]]]:
     """`part.name` -> part -> name; names without a part are left out."""
     parts: dict[str, dict[str, npt.NDArray[Any]]] = {}
@@ -127,8 +159,10 @@ def _parted(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, dict[str, npt.NDAr
     return parts
 
 
-_Part = Net | Process | Beside | Upon
-_KINDS: dict[type[_Part], str] = {Net: "net", Process: "process", Beside: "beside", Upon: "upon"}
+_Part = Net | Process | Beside | Upon | Hedged
+_KINDS: dict[type[_Part], str] = {
+    Net: "net", Process: "process", Beside: "beside", Upon: "upon", Hedged: "hedged",
+}  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -384,15 +418,16 @@ def pack(trees: Trees, card: dict[str, Any], spread: Trees | None = None) -> byt
     arrays = {f"trees/{name}": array for name, array in _arrays(trees).items()}
     if spread is not None:
         arrays |= {f"spread/{name}": array for name, array in _arrays(spread).items()}
+    names = np.frombuffer("\n".join(arrays).encode(), np.uint8)
+    # One stream of all arrays: an entry for each would make a file a tenth larger.
+    stream = io.BytesIO()
+    for array in (names, *arrays.values()):
+        np.lib.format.write_array(stream, array, allow_pickle=False)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         text = json.dumps({**card, "format": FORMAT_VERSION}, sort_keys=True, allow_nan=False)
         archive.writestr(zipfile.ZipInfo("card.json", _EPOCH), text, zipfile.ZIP_DEFLATED, 9)
-        for name, array in arrays.items():
-            data = io.BytesIO()
-            np.lib.format.write_array(data, array, allow_pickle=False)
-            entry = zipfile.ZipInfo(f"{name}.npy", _EPOCH)
-            archive.writestr(entry, data.getvalue(), zipfile.ZIP_LZMA)
+        archive.writestr(zipfile.ZipInfo("arrays", _EPOCH), stream.getvalue(), zipfile.ZIP_LZMA)
     return buffer.getvalue()
 
 
@@ -401,15 +436,13 @@ def unpack(path: Path) -> tuple[Trees, Trees | None, dict[str, Any]]:
     with zipfile.ZipFile(path) as archive:
         card: dict[str, Any] = json.loads(archive.read("card.json"))
         if card.get("format") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path.name} has format {card.get('format')}, this version reads {FORMAT_VERSION}"
-            )
-        parts: dict[str, dict[str, npt.NDArray[Any]]] = {}
-        for entry in archive.namelist():
-            part, _, name = entry.removesuffix(".npy").rpartition("/")
-            if part:
-                data = io.BytesIO(archive.read(entry))
-                parts.setdefault(part, {})[name] = np.lib.format.read_array(data, allow_pickle=False)
+            raise ValueError(f"it has format {card.get('format')}, this version reads {FORMAT_VERSION}")
+        stream = io.BytesIO(archive.read("arrays"))
+    names = np.lib.format.read_array(stream, allow_pickle=False).tobytes().decode()
+    parts: dict[str, dict[str, npt.NDArray[Any]]] = {}
+    for entry in names.split("\n"):
+        part, _, name = entry.partition("/")
+        parts.setdefault(part, {})[name] = np.lib.format.read_array(stream, allow_pickle=False)
     spread = _from_arrays(parts["spread"]) if "spread" in parts else None
     return _from_arrays(parts["trees"]), spread, card
 
