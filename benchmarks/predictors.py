@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from costmodels.learned.data import Problem, find_tables, problems
+from costmodels.learned.data import Problem, problems
 from costmodels.learned.fitting import fit
 from costmodels.learned.judging import JUDGED_FROM, dealt, hashed, judge
 from costmodels.learned.shapes import Batch, closed_form, make_batch
 from costmodels.learned.store import interval_of
+from costmodels.learned.tables import find_tables
 from costmodels.learned.train import few_of
 
 BEYOND = {"gemm": (0, 4353.0), "prefill": (1, 4096.0), "decode": (1, 8192.0)}  # column, largest fitted

@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from costmodels.learned.data import Problem, find_tables, problems
+from costmodels.learned.data import Problem, problems
 from costmodels.learned.judging import JUDGED_FROM, hashed
 from costmodels.learned.shapes import COLUMNS
+from costmodels.learned.tables import find_tables
 
 FloatArray = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

@@ -21,11 +21,12 @@ import numpy as np
 
 from costmodels import fitted
 from costmodels.fitted import Choice
-from costmodels.learned import data
-from costmodels.learned.data import Problem, find_tables
+from costmodels.learned.data import Problem, clean, host_bound
 from costmodels.learned.fitting import fit
 from costmodels.learned.judging import judge
 from costmodels.learned.shapes import Batch, make_batch
+from costmodels.learned.tables import DTYPES, TABLES, files_of, find_tables, newest, read_table
+from costmodels.learned.tables import SYSTEMS as FOLDERS
 from costmodels.learned.train_few import choose_few, fit_few
 from hardware import load_catalog
 
@@ -91,7 +92,7 @@ def devices(tables: Path) -> None:
     )
     print("| --- | --- | --- | --- | --- |")
     for system in SYSTEMS:
-        for table in data._TABLES[:3]:
+        for table in TABLES[:3]:
             engine = "sglang" if system == "a100_sxm" else "trtllm"
             for problem in read(tables, system, engine, table, ("bf16", "any")):
                 choice = borrowed(problem)
@@ -108,14 +109,12 @@ def devices(tables: Path) -> None:
 
 def read(tables: Path, system: str, engine: str, table: Any, dtypes: tuple[str, ...]) -> list[Problem]:
     """The newest rows of one table as problems."""
-    device = load_catalog().device(data.SYSTEMS[system])
+    device = load_catalog().device(FOLDERS[system])
     found = []
-    for dtype, (version, rows, dropped) in data._newest(tables / system, system, engine, table).items():
+    for dtype, (version, rows, dropped) in newest(tables / system, system, engine, table).items():
         if dtype in dtypes:
             part, raw, group = table.make(rows)
-            kept = data.clean(
-                device, table.family, dtype, raw, part["seconds"].to_numpy(), group, dropped, 400
-            )
+            kept = clean(device, table.family, dtype, raw, part["seconds"].to_numpy(), group, dropped, 400)
             if kept:
                 found.append(Problem(device.name, engine, table.family, dtype, version, *kept, dropped))
     return found
@@ -126,10 +125,10 @@ def versions(tables: Path, more: Path | None) -> None:
     print("| --- | --- | --- | --- | --- |")
     places = [(tables, *key) for key in REFRESHED] + [(more, *key) for key in REFRESHED_MORE if more]
     for place, system, engine, family in places:
-        table = next(item for item in data._TABLES if item.family == family)
-        files = data._files(place / system / table.folder, system, engine, table.name, sustained=True)
+        table = next(item for item in TABLES if item.family == family)
+        files = files_of(place / system / table.folder, system, engine, table.name, sustained=True)
         for new in read(tables, system, engine, table, ("bf16", "fp8", "fp8_block", "fp4", "any")):
-            if data._host_bound(engine, table, new.dtype):
+            if host_bound(engine, table, new.dtype):
                 continue
             old = older(tables, system, engine, table, new, files)
             if old is None:
@@ -150,15 +149,15 @@ def older(
     tables: Path, system: str, engine: str, table: Any, new: Problem, files: list[Path]
 ) -> Problem | None:
     """The newest rows of the same format from a version before `new`."""
-    device = load_catalog().device(data.SYSTEMS[system])
+    device = load_catalog().device(FOLDERS[system])
     for path in reversed([path for path in files if path.parent.name != new.version]):
-        frame = data._read(path, {})
+        frame = read_table(path, {})
         if table.dtype:
-            frame = frame[frame[table.dtype].map(lambda name: data._DTYPES.get(str(name))) == new.dtype]
+            frame = frame[frame[table.dtype].map(lambda name: DTYPES.get(str(name))) == new.dtype]
         if len(frame) < 2000:
             continue
         part, raw, group = table.make(frame)
-        kept = data.clean(device, table.family, new.dtype, raw, part["seconds"].to_numpy(), group, {}, 400)
+        kept = clean(device, table.family, new.dtype, raw, part["seconds"].to_numpy(), group, {}, 400)
         if kept:
             return Problem(new.device_name, engine, table.family, new.dtype, path.parent.name, *kept)
     return None

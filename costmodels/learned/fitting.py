@@ -2,7 +2,8 @@
 
 Target: log(measured / closed form). Attention over prompts is first fitted by a small network, as it varies
 smoothly with sizes; trees fit the rest. The answer for a GEMM and for experts is the mean of two: trees on
-physics alone, and trees that correct a network, or in 16 bits also see what was measured around a GEMM.
+physics alone, and trees that correct a network, or in 16 bits also see what was measured around a GEMM. That
+for a table of few rows is the mean of trees and a Gaussian process.
 
 This and its neighbours `boosting`, `train_*`, `net` and `process` are the only door to scikit-learn.
 """
@@ -18,7 +19,9 @@ from costmodels.learned.boosting import SETTINGS, Setting, boosted
 from costmodels.learned.data import Problem
 from costmodels.learned.neighbours import measured_around
 from costmodels.learned.net import LARGE, SMALL, Layers, fit_net
+from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import Batch, Matrix, closed_form, make_batch
+from costmodels.learned.train_few import FEW_ROWS
 from costmodels.learned.transposed import transposed
 from costmodels.learned.trees import Beside, Hedged, Trees, nothing, scaled
 from costmodels.ops import FloatArray
@@ -31,6 +34,9 @@ GRIDDED, _HALF = (("gemm", "bf16"),), 0.45
 #: Families whose other predictors are the mean of two: trees alone, and trees that correct a small network.
 #: They err apart: GEMMs of narrow formats gain 2 to 30 %, experts of models never seen 10.
 HEDGED = ("gemm", "moe")
+#: Few rows are told apart by few others: small leaves. Trees hold what they saw at an edge, where a process
+#: falls back to its mean: it errs less within what was measured, and by half more beyond.
+_FEW, _FEW_APART = Setting(120, 15, 0.15, 3, 0.5), 0.2
 #: Log units that the one with the network may lie off the other one: of two dozen expert tables, the four
 #: whose networks ran wild on models never seen then lose little.
 _APART = 0.3
@@ -50,6 +56,10 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     features, target = batch.features[chosen], np.log(seconds[chosen] / batch.base_s[chosen])
     sound = np.abs(target - np.median(target)) < _WILD
     features, target = features[sound], target[sound]
+    if len(seconds) < FEW_ROWS:
+        process = replace(nothing(), smooth=(fit_process(features, target, seed),))
+        trees = boosted(features, target, _FEW, seed)
+        return replace(nothing(), smooth=(Hedged(trees, process, _FEW_APART, float(features[:, 0].max())),))
     if family in SMOOTH:
         return _upon_net(features, target, family, LARGE, seed, brief)
     near = measured_around(features, target) if problem.kind in GRIDDED else None

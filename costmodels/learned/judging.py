@@ -131,17 +131,14 @@ def judge(batch: Batch, problem: Problem, seed: int, few: Few | None = None) -> 
     label, fold = held_out(problem)
     names, folds = np.unique(label), max(2, int(fold.max()) + 1)
     parts = [out for out in (fold == number for number in range(folds)) if out.any() and not out.all()]
-    if few is not None and few.left_out is not None:
-        error = log_ratio - few.left_out
-    else:
-        error = log_ratio.copy()
-        for out in parts:
-            trial = (
-                fit(problem, batch, seed, ~out, brief=True)
-                if few is None
-                else fit_few(batch, problem.seconds, seed, few, ~out)
-            )
-            error[out] = log_ratio[out] - trial.predict(batch.features[out])
+    error = log_ratio.copy()
+    for out in parts:
+        trial = (
+            fit(problem, batch, seed, ~out, brief=True)
+            if few is None
+            else fit_few(batch, problem.seconds, seed, few, ~out)
+        )
+        error[out] = log_ratio[out] - trial.predict(batch.features[out])
     # Of few groups or rows, what is learned of the spread misleads.
     learns = few is None and len(names) >= _FEW_GROUPS
     unit = np.ones(len(error))

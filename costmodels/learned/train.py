@@ -20,24 +20,21 @@ from costmodels.learned.apex import apex_problems
 from costmodels.learned.cards import Card, card_of
 from costmodels.learned.data import Problem, power_problems, problems
 from costmodels.learned.fitting import fit
-from costmodels.learned.judging import held_out, judge
+from costmodels.learned.judging import judge
 from costmodels.learned.shapes import TIME_CLASSES, Batch, closed_form, make_batch, time_class
 from costmodels.learned.store import find_shipped
 from costmodels.learned.tables import find_tables
 from costmodels.learned.train_curves import train_collectives, train_memory
-from costmodels.learned.train_few import FEW_ROWS, SHIPPED, Few, choose_few, fit_few, mape
+from costmodels.learned.train_few import FEW_ROWS, Few, choose_few, fit_few, mape
 from costmodels.learned.train_power import train_power
 from costmodels.learned.trees import content_hash, pack
 from hardware import InputError
 
 
 def few_of(problem: Problem, batch: Batch, seed: int) -> Few | None:
-    """How to fit a problem of few rows; None for one of many. A user's refine what ships, a table's stand
-    alone."""
-    if len(problem.seconds) >= FEW_ROWS:
+    """How to fit a user's few rows, which refine what ships; None for many, and for published tables."""
+    if len(problem.seconds) >= FEW_ROWS or not problem.own:
         return None
-    if not problem.own:
-        return choose_few(batch, problem.seconds, seed, None, SHIPPED, held_out(problem)[1])
     ours = find_shipped(problem.key, problem.device)
     return choose_few(batch, problem.seconds, seed, ours.trees if ours else None)
 
@@ -148,11 +145,12 @@ def train(
             keep(*train_one(problem, seed))
     else:
         with ProcessPoolExecutor(workers) as pool:
-            # Few ahead: a table is tens of megabytes. Kept in order, so that equal data make an equal index.
+            # Some ahead, a few megabytes each, so that nobody waits for one slow fit. Kept in order, so that
+            # equal data make an equal index.
             ahead: deque[Future[tuple[bytes, dict[str, Any]]]] = deque()
             for problem in wanted:
                 ahead.append(pool.submit(train_one, problem, seed))
-                if len(ahead) > 2 * workers:
+                if len(ahead) > 8 * workers:
                     keep(*ahead.popleft().result())
             while ahead:
                 keep(*ahead.popleft().result())

@@ -1,6 +1,5 @@
-"""Fitting few rows, a user's or a small table's: trees and Gaussian processes, on the closed form and on
-another predictor of the same kernels, added up with the shares that err least on rows left out (stacking:
-Breiman, 1996)."""
+"""Fitting a user's few rows: forests and Gaussian processes, on the closed form and on another predictor of
+the same kernels, added up with the shares that err least on rows left out (stacking: Breiman, 1996)."""
 
 from __future__ import annotations
 
@@ -10,44 +9,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from costmodels.learned.boosting import Setting, boosted
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import Batch, Matrix
-from costmodels.learned.trees import Trees, Upon, from_forest, joined, nothing, scaled
+from costmodels.learned.trees import Trees, Upon, from_forest, joined, nothing
 from costmodels.ops import FloatArray
 
 #: Below this many rows a forest or a Gaussian process errs less than boosting.
 FEW_ROWS = 1500
-#: Small leaves: few rows are told apart by few others.
-_BOOSTED = Setting(120, 15, 0.15, 3, 0.5)
 _FOLDS = 3
 #: Rows whose error by every way is beyond this (a factor of three) have no say in the shares.
 _WILD = 1.1
 
 
 class Way(NamedTuple):
-    """One way to fit few rows: a forest, boosted trees or a Gaussian process (`kind`), of the closed form's
-    error (`alone`), of another predictor's error (`added`), or of that and with its answer as a feature
-    (`seen`)."""
+    """One way to fit few rows: a forest or a Gaussian process (`kind`), of the closed form's error (`alone`),
+    of another predictor's error (`added`), or of that and with its answer as a feature (`seen`)."""
 
     on: str
     kind: str
 
 
-#: A forest errs less than boosted trees and is twenty times their size: a user's files may be large.
-OWN, SHIPPED = ("forest", "process"), ("boosted", "process")
+WAYS = tuple(Way(on, kind) for on in ("alone", "added", "seen") for kind in ("forest", "process"))
 #: Shares below this are left out: they add more to the file than to the answer.
-_LEAST_SHARE: dict[tuple[str, ...], float] = {OWN: 0.03, SHIPPED: 0.1}
-WAYS = tuple(Way(on, kind) for on in ("alone", "added", "seen") for kind in ("forest", "boosted", "process"))
+_LEAST_SHARE = 0.03
 
 
 class Few(NamedTuple):
-    """How few rows are fitted: what they refine (None: the closed form alone), the share of each of `WAYS` in
-    the answer, and what was predicted of each row by fits without its fold, where folds were given."""
+    """How few rows are fitted: what they refine (None: the closed form alone), and the share of each of
+    `WAYS` in the answer."""
 
     prior: Trees | None
     shares: tuple[float, ...]
-    left_out: FloatArray | None = None
 
 
 def only(way: Way, prior: Trees | None = None) -> Few:
@@ -89,8 +81,6 @@ def fit_few(batch: Batch, seconds: FloatArray, seed: int, few: Few, rows: Any = 
 def _fit_way(kind: str, features: Matrix, target: FloatArray, seed: int, share: float) -> Trees:
     if kind == "forest":
         return forest(features, target, seed, share)
-    if kind == "boosted":
-        return scaled(boosted(features, target, _BOOSTED, seed), share)
     return replace(nothing(), smooth=(fit_process(features, target, seed).scaled(share),))
 
 
@@ -105,35 +95,24 @@ def forest(features: Any, target: FloatArray, seed: int, weight: float = 1.0) ->
     return from_forest(model, weight)
 
 
-def choose_few(
-    batch: Batch,
-    seconds: FloatArray,
-    seed: int,
-    prior: Trees | None,
-    kinds: tuple[str, ...] = OWN,
-    fold: npt.NDArray[np.int64] | None = None,
-) -> Few:
-    """How to fit few rows: shares of the ways of some `kinds`, and whether `prior` helps (another predictor
-    of the same kernels, an older engine version's, say), by the error on rows left out in turn: each `fold`,
-    or any third."""
+def choose_few(batch: Batch, seconds: FloatArray, seed: int, prior: Trees | None) -> Few:
+    """How to fit few rows: shares of the ways, and whether `prior` helps (another predictor of the same
+    kernels, an older engine version's, say), by the error on rows left out, a third at a time."""
     ratio = np.log(seconds / batch.base_s)
-    told = fold is not None and len(np.unique(fold)) > 1
-    if fold is None or not told:
-        fold = np.random.default_rng(seed).permutation(len(ratio)) % _FOLDS
-    ways = [way for way in WAYS if way.kind in kinds and (prior is not None or way.on == "alone")]
+    fold = np.random.default_rng(seed).permutation(len(ratio)) % _FOLDS
+    ways = [way for way in WAYS if prior is not None or way.on == "alone"]
     guess = np.zeros((len(ratio), len(ways)))
-    for number in np.unique(fold):
+    for number in range(_FOLDS):
         out = fold == number
         for column, way in enumerate(ways):
             trees = fit_few(batch, seconds, seed, only(way, prior), ~out)
             guess[out, column] = trees.predict(batch.features[out])
-    share = shares_of(guess, ratio, _LEAST_SHARE.get(kinds, 0.0))
-    found = dict(zip(ways, share, strict=True))
-    return Few(prior, tuple(float(found.get(way, 0.0)) for way in WAYS), guess @ share if told else None)
+    found = dict(zip(ways, shares_of(guess, ratio), strict=True))
+    return Few(prior, tuple(float(found.get(way, 0.0)) for way in WAYS))
 
 
-def shares_of(guess: FloatArray, truth: FloatArray, least: float) -> npt.NDArray[np.float64]:
-    """Shares [w] of columns [n, w], one in all, none below `least`, whose sum is nearest to the truth [n]."""
+def shares_of(guess: FloatArray, truth: FloatArray) -> npt.NDArray[np.float64]:
+    """Shares [w] >= 0 of columns [n, w], one in all, whose sum is nearest to the truth [n]."""
     from scipy.optimize import nnls
 
     sound = np.abs(guess - truth[:, None]).min(axis=1) < _WILD
@@ -142,5 +121,5 @@ def shares_of(guess: FloatArray, truth: FloatArray, least: float) -> npt.NDArray
     one = 1e3 * np.sqrt(float(sound.sum()))
     rows = np.vstack([guess[sound], np.full((1, guess.shape[1]), one)])
     share = np.asarray(nnls(rows, np.append(truth[sound], one))[0])
-    share = np.where(share < least * share.sum(), 0.0, share)
+    share = np.where(share < _LEAST_SHARE * share.sum(), 0.0, share)
     return np.asarray(share / share.sum())

@@ -12,14 +12,13 @@ import pytest
 from costmodels.learned import fitting
 from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit
-from costmodels.learned.judging import judge
-from costmodels.learned.net import fit_net
+from costmodels.learned.judging import dealt
+from costmodels.learned.net import SMALL, fit_net
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import Batch, bound_s, closed_form, columns, make_batch, rates_of
 from costmodels.learned.train import few_of, train_one
 from costmodels.learned.train_few import (
     FEW_ROWS,
-    SHIPPED,
     WAYS,
     Few,
     Way,
@@ -30,7 +29,7 @@ from costmodels.learned.train_few import (
 )
 from costmodels.learned.train_power import fit_power
 from costmodels.learned.transposed import transposed
-from costmodels.learned.trees import from_boosting, from_forest, joined, nothing, pack, unpack
+from costmodels.learned.trees import Hedged, from_boosting, from_forest, joined, nothing, pack, unpack
 from hardware import load_catalog
 from tests.costmodels.devices import H100
 from tests.costmodels.shapes import some_gemms
@@ -46,7 +45,7 @@ def test_trees_equal_scikit_learn_and_survive_a_file(tmp_path: Path) -> None:
     trees = from_boosting(model)
     # Leaves are rounded to 64 steps of a tree's range, half a step each way: 40 trees with ranges below 1.
     np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=5e-2)
-    path = tmp_path / "t.npz"
+    path = tmp_path / "t.zip"
     path.write_bytes(pack(trees, {"name": "toy"}))
     again, none, card = unpack(path)
     assert none is None
@@ -102,12 +101,46 @@ def test_smooth_parts_and_a_spread_survive_a_file(tmp_path: Path) -> None:
     net = replace(nothing(), smooth=(fit_net(x, y, 0),))
     trees = fit_few(batch, np.exp(y), 0, Few(net, _halves("added")))
     assert len(trees.smooth) == 2
-    path = tmp_path / "t.npz"
+    path = tmp_path / "t.zip"
     path.write_bytes(pack(trees, {}, forest(x, np.abs(y), 0)))
     again, spread, _ = unpack(path)
     np.testing.assert_allclose(again.predict(x), trees.predict(x), atol=1e-5)
     assert spread is not None
     np.testing.assert_allclose(spread.predict(x), forest(x, np.abs(y), 0).predict(x), atol=1e-5)
+
+
+def test_a_second_opinion_counts_half_and_only_so_far(tmp_path: Path) -> None:
+    rows = np.zeros((3, 2), np.float32)
+    for second, answer in ((1.2, 1.1), (0.9, 0.95), (7.0, 1.15), (-7.0, 0.85)):
+        mean = Hedged(replace(nothing(), base=1.0), replace(nothing(), base=second), 0.3, 0.0)
+        np.testing.assert_allclose(mean.predict(rows), answer)
+        np.testing.assert_allclose(mean.predict(rows + 1.0), 1.0)
+    x, y = _smooth(300)
+    net = fit_net(x, y, 0, SMALL)
+    trees = replace(nothing(), smooth=(Hedged(nothing(), replace(nothing(), smooth=(net,)), 0.3, 0.5),))
+    path = tmp_path / "t.zip"
+    path.write_bytes(pack(trees, {}))
+    again = unpack(path)[0].predict(x)
+    np.testing.assert_allclose(again, trees.predict(x), atol=1e-6)
+    np.testing.assert_allclose(
+        again, np.where(x[:, 0] <= 0.5, 0.5 * np.clip(net.predict(x), -0.3, 0.3), 0.0), atol=1e-6
+    )
+
+
+def test_trees_and_a_network_err_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "FEW_ROWS", 0)
+    problem = _grid("fp8", 4096)
+    batch = make_batch("gemm", problem.raw, H100, "trtllm", "fp8")
+    out = dealt(problem.group, 4) == 0
+    truth = np.log(problem.seconds / batch.base_s)[out]
+
+    def error() -> float:
+        found = fit(problem, batch, 0, ~out, brief=True).predict(batch.features[out])
+        return float(np.abs(truth - found).mean())
+
+    both = error()
+    monkeypatch.setattr(fitting, "HEDGED", ())
+    assert both < 0.9 * error()
 
 
 def test_few_rows_see_what_they_refine(tmp_path: Path) -> None:
@@ -130,7 +163,7 @@ def test_few_rows_see_what_they_refine(tmp_path: Path) -> None:
     }
     assert error[True] < 0.6 * error[False]
     trees = fit_few(batch, seconds, 0, Few(knows, _halves("seen")), some)
-    path = tmp_path / "t.npz"
+    path = tmp_path / "t.zip"
     path.write_bytes(pack(trees, {}))
     np.testing.assert_allclose(unpack(path)[0].predict(features), trees.predict(features), atol=1e-5)
 
@@ -163,21 +196,22 @@ def test_ways_that_err_apart_share_the_answer() -> None:
     assert np.abs(noise @ share).mean() < 0.8 * np.abs(noise[:, 0]).mean()
 
 
-def test_a_small_table_is_judged_by_what_was_left_out_when_its_shares_were_found() -> None:
+def test_a_small_table_is_the_mean_of_trees_and_a_process() -> None:
+    """Which errs least within what was measured; beyond it the trees hold what they saw last."""
     problem = some_gemms(2, 700)
     batch = make_batch("gemm", problem.raw, H100, "vllm", "bf16")
-    few = few_of(problem, batch, 0)
-    assert few is not None
-    assert few.left_out is not None
-    assert {way.kind for way, share in zip(WAYS, few.shares, strict=True) if share} <= set(SHIPPED)
-    ratio = np.log(problem.seconds / batch.base_s)
-    kept = judge(batch, problem, 0, few).error
-    np.testing.assert_allclose(kept, ratio - few.left_out)
-    # The same, fitted once more.
-    again = judge(batch, problem, 0, few._replace(left_out=None)).error
-    np.testing.assert_allclose(kept, again, atol=1e-3)
-    # Many rows are boosted as ever.
-    assert few_of(some_gemms(2, FEW_ROWS), batch, 0) is None
+    assert few_of(problem, batch, 0) is None
+    found = fit(problem, batch, 0)
+    (mean,) = found.smooth
+    assert isinstance(mean, Hedged)
+    truth = np.log(problem.seconds / batch.base_s)
+    assert np.abs(truth - found.predict(batch.features)).mean() < 0.02
+    far = batch.features.copy()
+    far[:, 0] += 30.0
+    np.testing.assert_array_equal(found.predict(far), mean.first.predict(far))
+    # A user's own few rows are fitted by what errs least on them.
+    assert few_of(replace(problem, own=True), batch, 0) is not None
+    assert few_of(replace(some_gemms(2, FEW_ROWS), own=True), batch, 0) is None
 
 
 def test_equal_data_and_seed_make_equal_bytes() -> None:
@@ -220,6 +254,7 @@ def test_wide_matrices_tell_of_many_tokens(dtype: str) -> None:
 
 
 def test_what_lies_beyond_the_measured_tokens_is_learned_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "FEW_ROWS", 0)
     problem = _grid("bf16", 4096)
     batch = make_batch("gemm", problem.raw, H100, "trtllm", "bf16")
     beyond = _timed("bf16", _grid("bf16", 65536).raw, "trtllm")

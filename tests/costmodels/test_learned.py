@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from dataclasses import replace
@@ -45,14 +46,14 @@ from costmodels.learned.store import (
     memory_curves,
 )
 from costmodels.learned.trees import content_hash, unpack
-from hardware import load_catalog
+from hardware import InputError, load_catalog
 from hardware.device import CommGroup
 from tests.costmodels.conformance import check
 from tests.costmodels.devices import A100, ALL, B200, H100, MI300X
 from tests.costmodels.shapes import llama_70b
 
 H200 = load_catalog().device("h200-sxm-141gb")
-ROWS = {row["name"]: row for row in artifact_rows() if row["file"].endswith(".npz")}
+ROWS = {row["name"]: row for row in artifact_rows() if row["file"].endswith(".zip")}
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
@@ -78,7 +79,7 @@ def test_shipped_files_are_small_and_match_their_index() -> None:
         assert len(data) == row["size_bytes"] < 120_000, name
         assert content_hash(data) == row["id"], name
     assert total < 12_000_000
-    assert {path.name for path in folder.glob("*.npz")} == {row["file"] for row in ROWS.values()}
+    assert {path.name for path in folder.glob("*.zip")} == {row["file"] for row in ROWS.values()}
 
 
 def test_every_card_is_whole() -> None:
@@ -93,13 +94,15 @@ def test_every_card_is_whole() -> None:
         assert "whole groups" in card["split"]
 
 
-def test_files_hold_no_pickles() -> None:
+def test_files_hold_flat_arrays_and_no_pickles() -> None:
     for row in list(ROWS.values())[::20]:
         with zipfile.ZipFile(folders()[-1] / row["file"]) as archive:
-            for entry in archive.namelist():
-                if entry.endswith(".npy"):
-                    with archive.open(entry) as file:
-                        np.lib.format.read_array(file, allow_pickle=False)
+            assert archive.namelist() == ["card.json", "arrays"]
+            stream = io.BytesIO(archive.read("arrays"))
+        names = np.lib.format.read_array(stream, allow_pickle=False).tobytes().decode().split("\n")
+        for _ in names:
+            np.lib.format.read_array(stream, allow_pickle=False)
+        assert not stream.read()
 
 
 def test_errors_stand_where_they_were_judged() -> None:
@@ -241,11 +244,29 @@ def test_a_kind_of_attention_never_measured_is_left_to_the_closed_form() -> None
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "t.npz"
+    path = tmp_path / "t.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("card.json", json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="format 99"):
         unpack(path)
+
+
+@pytest.mark.parametrize("kept", ["another format", "no archive", "nothing"])
+def test_predictors_of_ones_own_are_never_passed_over_in_silence(
+    kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "index.json").write_text(
+        json.dumps({"h100-sxm-80gb/vllm/gemm/bf16": {"file": "t.zip", "id": "0"}})
+    )
+    if kept == "another format":
+        with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+            archive.writestr("card.json", json.dumps({"format": 6}))
+    elif kept == "no archive":
+        (tmp_path / "t.zip").write_bytes(b"version https://git-lfs")
+    monkeypatch.setenv("PLANFRONT_COSTMODELS", str(tmp_path))
+    op = Gemm(np.array([1.0]), 4096, 4096, "bf16", "bf16")
+    with pytest.raises(InputError, match=r"PLANFRONT_COSTMODELS: .*t\.zip cannot be used: .*fit it anew"):
+        LearnedModel("vllm").predict(op, H100)
 
 
 # --- training ------------------------------------------------------------------------------------

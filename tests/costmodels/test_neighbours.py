@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from costmodels.learned import fitting
 from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit
 from costmodels.learned.judging import dealt
@@ -122,7 +123,10 @@ def test_rows_that_are_no_grid_have_no_table() -> None:
     assert measured_around(few, np.zeros(len(few))) is None
 
 
-def test_a_gemm_measured_on_a_grid_is_predicted_from_both_and_survives_a_file(tmp_path: Path) -> None:
+def test_a_gemm_measured_on_a_grid_is_predicted_from_both_and_survives_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "FEW_ROWS", 0)
     rows = np.array(list(itertools.product(M, (*N, 384, 1536, 6144), K)), dtype=np.float64)
     raw = columns("gemm", m=rows[:, 0], n=rows[:, 1], k=rows[:, 2])
     batch = make_batch("gemm", raw, H100, "vllm", "bf16")
@@ -137,7 +141,7 @@ def test_a_gemm_measured_on_a_grid_is_predicted_from_both_and_survives_a_file(tm
     assert isinstance(beside, Beside)
     error = np.log(seconds / batch.base_s)[out] - trees.predict(batch.features[out])
     assert np.abs(error).mean() < 0.05
-    path = tmp_path / "t.npz"
+    path = tmp_path / "t.zip"
     path.write_bytes(pack(trees, {}))
     again, _, _ = unpack(path)
     np.testing.assert_allclose(again.predict(batch.features), trees.predict(batch.features), atol=1e-6)

@@ -66,6 +66,26 @@ def test_tables_are_cleaned_and_trained(tmp_path: Path) -> None:
     assert card.mape < card.closed_form_mape
 
 
+def test_a_format_comes_from_the_newest_version_that_measured_it(tmp_path: Path) -> None:
+    """Repeats become their median, and of rival kernels the fastest answers."""
+    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
+    pytest.importorskip("pyarrow", reason="reading measurements needs the extra `train`")
+    sizes = pd.DataFrame({"m": np.arange(500, 0, -1), "n": 4096, "k": 4096, "kernel_source": "one"})
+    for version, ms, dtypes in (("0.9.0", 3.0, ("bfloat16", "fp8")), ("0.10.0", 2.0, ("bfloat16",))):
+        parts = [sizes.assign(gemm_dtype=dtype, latency=ms) for dtype in dtypes]
+        parts += [sizes.head(7).assign(gemm_dtype="bfloat16", latency=ms * share) for share in (1.5, 4.0)]
+        parts += [sizes.tail(9).assign(gemm_dtype="bfloat16", latency=ms / 2, kernel_source="other")]
+        target = tmp_path / "h100_sxm" / "gemm" / "vllm" / version
+        target.mkdir(parents=True)
+        pd.concat(parts).to_parquet(target / "gemm_perf.parquet")
+    newer, older = problems(tmp_path)
+    assert [(p.dtype, p.version) for p in (newer, older)] == [("bf16", "0.10.0"), ("fp8", "0.9.0")]
+    ms = dict(zip(newer.raw[:, 0].tolist(), (newer.seconds * 1e3).tolist(), strict=True))
+    assert [ms[500.0], ms[300.0], ms[1.0]] == pytest.approx([3.0, 2.0, 1.0])
+    assert newer.raw[:, 0].tolist() == list(range(1, 501))
+    assert (newer.dropped["duplicates"], newer.dropped["slower rival kernels"]) == (14, 9)
+
+
 def test_power_that_was_not_steady_teaches_nothing(tmp_path: Path) -> None:
     """Short windows are mostly idle; H200's readings of its largest matrices hold the making of them."""
     pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
