@@ -17,7 +17,7 @@ import numpy as np
 
 from costmodels.learned.shapes import FORMATS, PUBLISHED, bound_s
 from costmodels.learned.store import POWER
-from costmodels.learned.tables import ENGINES, SYSTEMS, TABLES, Table, newest
+from costmodels.learned.tables import ENGINES, SYSTEMS, TABLES, Table, newest, systems
 from costmodels.learned.watts import STEADY_S
 from costmodels.ops import FloatArray
 from hardware import load_catalog
@@ -73,8 +73,7 @@ def problems(tables: Path) -> Iterator[Problem]:
     """Every predictor's rows, device by device."""
     catalog = load_catalog()
     seen: dict[str, str] = {}
-    folders = {**SYSTEMS, **{name: name for name in catalog.devices}}  # our profiler's go by our names
-    for system, name in folders.items():
+    for system, name in systems().items():
         root = tables / system
         if not root.is_dir():
             continue
@@ -149,7 +148,7 @@ def power_problems(tables: Path) -> Iterator[Problem]:
     Newest version of each engine that measured power, host-disturbed files excepted.
     """
     catalog = load_catalog()
-    for system, name in {**SYSTEMS, **{name: name for name in catalog.devices}}.items():
+    for system, name in systems().items():
         root = tables / system
         if not root.is_dir():
             continue

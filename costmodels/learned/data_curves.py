@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from costmodels.learned.shapes import PUBLISHED, STATIC_SCALES
-from costmodels.learned.tables import ENGINES, SYSTEMS, version_of
+from costmodels.learned.tables import ENGINES, SYSTEMS, read_frame, systems, version_of
 from costmodels.ops import FloatArray
 from hardware import load_catalog
 
@@ -23,10 +23,8 @@ def memory_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArr
     first. Times are medians of an eighth of an octave. An engine that scales by several slow kernels in a
     row tells nothing of one: what moves large tensors at less than half of the memory's rate is left out.
     """
-    import pandas as pd
-
     catalog = load_catalog()
-    for system, name in {**SYSTEMS, **{name: name for name in catalog.devices}}.items():
+    for system, name in systems().items():
         root, device = tables / system, catalog.device(name)
         for engine in ENGINES:
             scaled = sorted((root / "quantize" / engine).glob("*/scale_matrix_perf.*"), key=version_of)
@@ -34,7 +32,7 @@ def memory_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArr
             if not (scaled or copied):
                 continue
             path = (copied or scaled)[-1]
-            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            frame = read_frame(path)
             frame = frame[frame["latency"] > 0]
             moved = 2.0 * frame["size_bytes"] if copied else 3.0 * frame["m"] * frame["k"]
             size, seconds = _binned(moved, frame["latency"])
@@ -53,8 +51,6 @@ def scale_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArra
 
     An engine whose checkpoints bring the scales of their activations leaves it out; its GEMM tables hold it.
     """
-    import pandas as pd
-
     for system, name in SYSTEMS.items():
         for engine in STATIC_SCALES:
             found = sorted(
@@ -62,7 +58,7 @@ def scale_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArra
             )
             if not found:
                 continue
-            frame = pd.read_parquet(found[-1])
+            frame = read_frame(found[-1])
             frame = frame[frame["latency"] > 0]
             size, seconds = _binned(2.0 * frame["m"] * frame["k"], frame["latency"])
             if len(size) >= _LEAST_SIZES:
@@ -81,9 +77,7 @@ def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, Floa
 
     Half precision; messages are counted in elements there. Engines' own all-reduces: rows of CUDA graphs.
     """
-    import pandas as pd
-
-    for system, name in {**SYSTEMS, **{name: name for name in load_catalog().devices}}.items():
+    for system, name in systems().items():
         comm = tables / system / "comm"
         for engine in ("nccl", *ENGINES):
             table = "nccl_perf" if engine == "nccl" else "custom_allreduce_perf"
@@ -91,7 +85,7 @@ def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, Floa
             if not files:
                 continue
             path = files[-1]
-            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            frame = read_frame(path)
             if "nccl_dtype" in frame:
                 frame = frame[frame["nccl_dtype"] == "half"]
             frame = frame[~frame["kernel_source"].astype(str).str.contains("eager") & (frame["latency"] > 0)]

@@ -59,7 +59,7 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     if len(seconds) < FEW_ROWS:
         process = replace(nothing(), smooth=(fit_process(features, target, seed),))
         trees = boosted(features, target, _FEW, seed)
-        return replace(nothing(), smooth=(Hedged(trees, process, _FEW_APART, float(features[:, 0].max())),))
+        return _hedged(trees, process, _FEW_APART, features)
     if family in SMOOTH:
         return _upon_net(features, target, family, LARGE, seed, brief)
     near = measured_around(features, target) if problem.kind in GRIDDED else None
@@ -71,13 +71,17 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     if near is None and family in HEDGED:
         first = boosted(features, target, half, seed, brief=brief)
         second = _upon_net(*measured, half, SMALL, seed, brief)
-        tokens = float(measured[0][:, 0].max())  # log2; beyond those, a network only knows its edge
-        return replace(nothing(), smooth=(Hedged(first, second, _APART, tokens),))
+        return _hedged(first, second, _APART, measured[0])
     if near is None:
         return boosted(features, target, size, seed, brief=brief)
     rows_near = np.column_stack([features, near.columns(features)])
     plain, more = (boosted(part, target, half, seed, brief=brief) for part in (features, rows_near))
     return replace(scaled(plain, 0.5), smooth=(Beside(near, scaled(more, 0.5)),))
+
+
+def _hedged(first: Trees, second: Trees, apart: float, measured: Matrix) -> Trees:
+    """The mean of both within the measured tokens (the first feature); the second knows nothing beyond."""
+    return replace(nothing(), smooth=(Hedged(first, second, apart, float(measured[:, 0].max())),))
 
 
 def _upon_net(

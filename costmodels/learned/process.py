@@ -42,9 +42,12 @@ class Process:
         found = np.empty(len(rows))
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
-            apart = (part**2).sum(axis=1)[:, None] + squared - 2.0 * part @ anchors.T
+            # Large weights cancel, so that BLAS, which adds up in another order for other sizes of a batch,
+            # would make an answer hang on what it was asked with.
+            products = np.einsum("nf,af->na", part, anchors)
+            apart = (part**2).sum(axis=1)[:, None] + squared - 2.0 * products
             far = np.sqrt(3.0 * np.maximum(apart, 0.0))
-            found[start : start + _CHUNK] = ((1.0 + far) * np.exp(-far)) @ self.weights
+            found[start : start + _CHUNK] = ((1.0 + far) * np.exp(-far) * self.weights).sum(axis=1)
         return np.asarray(found + self.base)
 
     def scaled(self, factor: float) -> Process:

@@ -57,7 +57,7 @@ _SUSTAINED = {
     ("gb200", "vllm", "0.22.0"),
 }
 #: Rows that a predictor needs; of small families.
-LEAST_ROWS = 400
+_LEAST_ROWS = 400
 _LEAST_SMALL = 150
 #: (hidden, intermediate, experts) of models whose experts have two matrices, not three: the tables of
 #: TensorRT-LLM name their kernels so ("nongated"), those of other engines only have the shapes.
@@ -74,7 +74,7 @@ def find_tables(data_dir: Path | None) -> Path:
     """The folder with one folder of tables per system. Raises InputError when there is none."""
     if data_dir is not None:
         for folder in (data_dir, data_dir / "data", data_dir / "systems" / "data"):
-            if any((folder / name).is_dir() for name in (*SYSTEMS, *load_catalog().devices)):
+            if any((folder / name).is_dir() for name in systems()):
                 return folder
         raise InputError(str(data_dir), "holds no kernel tables: no folder such as h100_sxm is in it")
     spec = importlib.util.find_spec("aiconfigurator_core")
@@ -98,11 +98,21 @@ def files_of(root: Path, system: str, engine: str, name: str, *, sustained: bool
     return sorted(found, key=version_of)
 
 
-def read_table(path: Path, dropped: dict[str, int]) -> pd.DataFrame:
-    """A table with one row a key: repeats become their median, rival kernels their fastest."""
+def systems() -> dict[str, str]:
+    """Folder of tables -> device: the package's, and our profiler's, which go by our names."""
+    return {**SYSTEMS, **{name: name for name in load_catalog().devices}}
+
+
+def read_frame(path: Path, only: list[str] | None = None) -> pd.DataFrame:
+    """A table as it is, or some of its columns."""
     import pandas as pd
 
-    frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    return pd.read_csv(path, usecols=only) if path.suffix == ".csv" else pd.read_parquet(path, columns=only)
+
+
+def read_table(path: Path, dropped: dict[str, int]) -> pd.DataFrame:
+    """A table with one row a key: repeats become their median, rival kernels their fastest."""
+    frame = read_frame(path)
     skip = (
         "latency", "power", "power_limit", "clock_mhz", "kernel_source", "framework", "version", "device",
         "op_name",
@@ -147,14 +157,8 @@ def newest(
 
 def _formats(path: Path, column: str) -> set[str]:
     """The formats, by our names, that a table has rows of."""
-    import pandas as pd
-
-    frame = (
-        pd.read_csv(path, usecols=[column])
-        if path.suffix == ".csv"
-        else pd.read_parquet(path, columns=[column])
-    )
-    return {DTYPES[name] for name in map(str, frame[column].unique()) if name in DTYPES}
+    names = read_frame(path, [column])[column].unique()
+    return {DTYPES[name] for name in map(str, names) if name in DTYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +171,7 @@ class Table:
     name: str
     dtype: str | None
     make: Callable[[Any], tuple[Any, FloatArray, Any]]  # table -> (its rows that count, raw, groups)
-    least: int = LEAST_ROWS
+    least: int = _LEAST_ROWS
 
 
 def _gemm(part: Any) -> tuple[Any, FloatArray, Any]:
@@ -210,7 +214,7 @@ def _moe(part: Any) -> tuple[Any, FloatArray, Any]:
     part = part[np.array([item not in _UNGATED for item in shape])]
     # Routing of served models is skewed; this is the mildest of the measured skews.
     skewed = part[part["distribution"] == "power_law_1.01"]
-    part = skewed if len(skewed) >= LEAST_ROWS else part
+    part = skewed if len(skewed) >= _LEAST_ROWS else part
     experts = part["num_experts"].to_numpy(dtype=np.float64)
     raw = columns(
         "moe", tokens=part["num_tokens"], hidden=part["hidden_size"],

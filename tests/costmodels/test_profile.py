@@ -76,7 +76,6 @@ def test_rows_are_written_as_tables_that_training_reads(tmp_path: Path) -> None:
 
 
 def test_copies_and_collectives_become_curves(tmp_path: Path) -> None:
-    pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
     from costmodels.learned.curves import curve_time
     from costmodels.learned.train_curves import train_collectives, train_memory
 
@@ -121,7 +120,6 @@ def test_a_budget_ends_it_early(tmp_path: Path) -> None:
 
 
 def test_own_measurements_can_be_trained_on(tmp_path: Path) -> None:
-    pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
     from costmodels.learned.train import train
 
     shapes = [

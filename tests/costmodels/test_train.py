@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from costmodels import (
@@ -43,7 +44,6 @@ def test_rows_that_the_cache_answered_are_left_out() -> None:
 
 
 def _tables(folder: Path, rows: int = 900) -> None:
-    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
     pytest.importorskip("pyarrow", reason="reading measurements needs the extra `train`")
     problem = some_gemms(3, rows)
     target = folder / "h100_sxm" / "gemm" / "vllm" / "0.1.0"
@@ -68,8 +68,6 @@ def test_tables_are_cleaned_and_trained(tmp_path: Path) -> None:
 
 def test_a_format_comes_from_the_newest_version_that_measured_it(tmp_path: Path) -> None:
     """Repeats become their median, and of rival kernels the fastest answers."""
-    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
-    pytest.importorskip("pyarrow", reason="reading measurements needs the extra `train`")
     sizes = pd.DataFrame({"m": np.arange(500, 0, -1), "n": 4096, "k": 4096, "kernel_source": "one"})
     for version, ms, dtypes in (("0.9.0", 3.0, ("bfloat16", "fp8")), ("0.10.0", 2.0, ("bfloat16",))):
         parts = [sizes.assign(gemm_dtype=dtype, latency=ms) for dtype in dtypes]
@@ -77,7 +75,7 @@ def test_a_format_comes_from_the_newest_version_that_measured_it(tmp_path: Path)
         parts += [sizes.tail(9).assign(gemm_dtype="bfloat16", latency=ms / 2, kernel_source="other")]
         target = tmp_path / "h100_sxm" / "gemm" / "vllm" / version
         target.mkdir(parents=True)
-        pd.concat(parts).to_parquet(target / "gemm_perf.parquet")
+        pd.concat(parts).to_csv(target / "gemm_perf.csv", index=False)
     newer, older = problems(tmp_path)
     assert [(p.dtype, p.version) for p in (newer, older)] == [("bf16", "0.10.0"), ("fp8", "0.9.0")]
     ms = dict(zip(newer.raw[:, 0].tolist(), (newer.seconds * 1e3).tolist(), strict=True))
@@ -88,8 +86,6 @@ def test_a_format_comes_from_the_newest_version_that_measured_it(tmp_path: Path)
 
 def test_power_that_was_not_steady_teaches_nothing(tmp_path: Path) -> None:
     """Short windows are mostly idle; H200's readings of its largest matrices hold the making of them."""
-    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
-    pytest.importorskip("pyarrow", reason="reading measurements needs the extra `train`")
     m, n = (x.ravel() for x in np.meshgrid(np.arange(1, 151), [4096, 65536]))
     frame = pd.DataFrame({"m": m, "n": n, "k": np.where(n == 4096, 16384, 51200), "gemm_dtype": "bfloat16"})
     frame["latency"], frame["power"], frame["power_limit"] = np.where(m % 2, 2.0, 3.0), 500.0, 700.0
@@ -98,7 +94,7 @@ def test_power_that_was_not_steady_teaches_nothing(tmp_path: Path) -> None:
     for system in ("h200_sxm", "gb200"):
         target = tmp_path / system / "gemm" / ("vllm" if system == "h200_sxm" else "trtllm") / "0.22.0"
         target.mkdir(parents=True)
-        pd.concat([frame, more, short]).to_parquet(target / "gemm_perf.parquet")
+        pd.concat([frame, more, short]).to_csv(target / "gemm_perf.csv", index=False)
     found = {problem.device_name: problem for problem in power_problems(tmp_path)}
     steady, large = found["gb200-186gb"], found["h200-sxm-141gb"]
     assert steady.watts is not None
@@ -110,7 +106,6 @@ def test_power_that_was_not_steady_teaches_nothing(tmp_path: Path) -> None:
 
 
 def _apex(folder: Path) -> None:
-    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
     rng = np.random.default_rng(7)
     m, k = 2.0 ** rng.integers(5, 12, 700), 2.0 ** rng.integers(5, 12, 700)
     n = np.floor(2.0 ** rng.uniform(0, 12, 700))
@@ -164,12 +159,11 @@ def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_searches_for_scales_become_curves(tmp_path: Path) -> None:
-    pd = pytest.importorskip("pandas", reason="reading measurements needs the extra `train`")
     folder = tmp_path / "h100_sxm" / "quantize" / "trtllm" / "1.3.0"
     folder.mkdir(parents=True)
     m = 2 ** np.arange(1, 15)
     frame = pd.DataFrame({"m": m, "k": 4096, "latency": 7e-3 + 1e-9 * m * 4096})
-    pd.concat([frame, frame.assign(latency=0.0)]).to_parquet(folder / "computescale_perf.parquet")
+    pd.concat([frame, frame.assign(latency=0.0)]).to_csv(folder / "computescale_perf.csv", index=False)
     assert train_memory(tmp_path, tmp_path) == 1
     ((key, curve),) = json.loads((tmp_path / "elementwise.json").read_text())["curves"].items()
     assert key == "h100-sxm-80gb/trtllm/scale"
