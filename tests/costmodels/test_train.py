@@ -43,8 +43,7 @@ def test_rows_that_the_cache_answered_are_left_out() -> None:
     assert dropped["faster than the roofline"] == 2
 
 
-def _tables(folder: Path, rows: int = 900) -> None:
-    pytest.importorskip("pyarrow", reason="reading measurements needs the extra `train`")
+def _tables(folder: Path, rows: int = 900, kind: str = "csv") -> None:
     problem = some_gemms(3, rows)
     target = folder / "h100_sxm" / "gemm" / "vllm" / "0.1.0"
     target.mkdir(parents=True)
@@ -52,11 +51,18 @@ def _tables(folder: Path, rows: int = 900) -> None:
     frame["gemm_dtype"] = "bfloat16"
     frame["latency"] = problem.seconds[frame.index] * 1e3
     broken = frame.iloc[:5].assign(latency=0.0, m=77_777)
-    pd.concat([frame, frame.iloc[:50], broken]).to_parquet(target / "gemm_perf.parquet")
+    table = pd.concat([frame, frame.iloc[:50], broken])
+    if kind == "csv":
+        table.to_csv(target / "gemm_perf.csv", index=False)
+    else:
+        table.to_parquet(target / "gemm_perf.parquet")
 
 
-def test_tables_are_cleaned_and_trained(tmp_path: Path) -> None:
-    _tables(tmp_path / "data")
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_are_cleaned_and_trained(kind: str, tmp_path: Path) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow", reason="reading Parquet needs the extra `train`")
+    _tables(tmp_path / "data", kind=kind)
     (problem,) = problems(tmp_path / "data")
     assert problem.dropped["duplicates"] == 50
     assert problem.dropped["without time"] == 5
