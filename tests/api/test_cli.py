@@ -280,7 +280,8 @@ def test_a_signal_ends_a_running_search_with_130(save: Save, tmp_path: Path) -> 
             fifo.write("model: ")
             fifo.flush()
             running.send_signal(signal.SIGINT)
-            out, err = running.communicate(timeout=30)
+        # Closed by now: a signal between two reads is only seen once the second of them returns.
+        out, err = running.communicate(timeout=30)
     finally:
         running.kill()
         running.wait()
