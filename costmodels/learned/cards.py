@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from costmodels.learned.boosting import library
 from costmodels.learned.data import Problem
 from costmodels.learned.shapes import COLUMNS, FEATURES_VERSION, Batch, kinds_of, rates_of
 from costmodels.learned.trees import content_hash
@@ -53,5 +54,6 @@ def card_of(problem: Problem, batch: Batch, form: str, seed: int) -> dict[str, A
         "kinds": kinds_of(problem.family, problem.raw).tolist(),
         "closed_form": form,
         "seed": seed,
+        "boosted_by": library(),
         "license": "Apache-2.0",
     }

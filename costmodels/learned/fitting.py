@@ -43,7 +43,7 @@ _APART = 0.3
 #: Residuals beyond this (a factor of 12) are broken rows, not kernels.
 _WILD = 2.5
 #: Trees that say what lies beyond the measured tokens without having seen it.
-_GUESS = Setting(60, 31, 0.3, 8, 0.4)
+_GUESS = Setting(60, 31, 0.3, 8, 0.6)
 
 
 def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: bool = False) -> Trees:
@@ -89,7 +89,8 @@ def _upon_net(
 ) -> Trees:
     """A network, and trees that correct it."""
     net = fit_net(features, target, seed, layers, brief=brief)
-    return boosted(features, target - net.predict(features), size, seed, net, brief=brief)
+    trees = boosted(features, target - net.predict(features), size, seed, brief=brief)
+    return replace(trees, smooth=(net,))
 
 
 def _and_beyond(

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from costmodels.learned.grown import from_forest
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import Batch, Matrix
-from costmodels.learned.trees import Trees, Upon, from_forest, joined, nothing
+from costmodels.learned.trees import Trees, Upon, joined, nothing
 from costmodels.ops import FloatArray
 
 #: Below this many rows a forest or a Gaussian process errs less than boosting.

@@ -29,7 +29,7 @@ from costmodels.power import POWER_FITS
 
 _FOLDS = 7
 #: Trees of the time in an operation's energy, where rows are few; elsewhere the family's own.
-_TIMED, _MANY_ROWS = Setting(120, 31, 0.15, 4, 0.5), 4000
+_TIMED, _MANY_ROWS = Setting(120, 31, 0.15, 4), 4000
 
 
 def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
@@ -79,8 +79,7 @@ def fit_power(features: Matrix, share: FloatArray, family: str, seed: int) -> Tr
     median none."""
     size = SETTINGS.get(f"{POWER}{family}", SETTINGS["power"])
     by_mean, by_median = (
-        scaled(boosted(features, share, size, seed, loss=loss), 0.5)
-        for loss in ("squared_error", "absolute_error")
+        scaled(boosted(features, share, size, seed, absolute=absolute), 0.5) for absolute in (False, True)
     )
     return joined(by_mean, by_median)
 

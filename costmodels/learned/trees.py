@@ -31,7 +31,8 @@ from costmodels.learned.process import Process
 Matrix = npt.NDArray[np.float32]
 FORMAT_VERSION = 8
 _STEPS = 63.0
-_LEAF = 255
+#: The feature of a leaf.
+LEAF = 255
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -173,7 +174,7 @@ def _walk(feature, threshold, right, value, roots, rows):  # type: ignore[no-unt
         root = roots[tree]
         for row in range(rows.shape[0]):
             at = root
-            while feature[at] != _LEAF:
+            while feature[at] != LEAF:
                 if rows[row, feature[at]] <= threshold[at]:
                     at += 1
                 else:
@@ -194,7 +195,7 @@ def _preorder(feature):  # type: ignore[no-untyped-def]
         if depth == 0:
             roots[trees] = at
             trees += 1
-        if feature[at] != _LEAF:
+        if feature[at] != LEAF:
             stack[depth] = at
             depth += 1
         else:
@@ -206,67 +207,12 @@ def _preorder(feature):  # type: ignore[no-untyped-def]
     return right, roots[:trees].copy()
 
 
-def from_boosting(model: Any, smooth: tuple[_Part, ...] = ()) -> Trees:
-    """A fitted scikit-learn HistGradientBoostingRegressor as flat arrays, leaf values in 64 steps a tree."""
-    feature: list[int] = []
-    threshold: list[float] = []
-    right: list[int] = []
-    value: list[float] = []
-    roots: list[int] = []
-    for (predictor,) in model._predictors:
-        nodes = predictor.nodes
-        roots.append(len(feature))
-
-        def put(at: int, nodes: Any = nodes) -> None:
-            node = nodes[at]
-            here = len(feature)
-            leaf = bool(node["is_leaf"])
-            feature.append(_LEAF if leaf else int(node["feature_idx"]))
-            threshold.append(0.0 if leaf else float(node["num_threshold"]))
-            value.append(float(node["value"]) if leaf else 0.0)
-            right.append(0)
-            if not leaf:
-                put(int(node["left"]))
-                right[here] = len(feature)
-                put(int(node["right"]))
-
-        put(0)
-    split = np.array(feature, np.uint8)
-    start = np.array(roots, np.int32)
-    return Trees(
-        split,
-        np.array(threshold, np.float32),
-        np.array(right, np.int32),
-        _dequantized(*_quantized(split, np.array(value), start), split, start),
-        start,
-        float(np.ravel(model._baseline_prediction)[0]),
-        smooth,
-    )
-
-
-def from_forest(model: Any, weight: float = 1.0) -> Trees:
-    """`weight` times the mean of a fitted scikit-learn forest, as a sum of small leaves."""
-    parts: list[tuple[Any, Any, Any, Any]] = []
-    roots, offset = [], 0
-    for estimator in model.estimators_:
-        tree = estimator.tree_
-        inner = tree.children_left >= 0
-        # Grown depth first, so that nodes stand in preorder already.
-        assert (tree.children_left[inner] == np.flatnonzero(inner) + 1).all()
-        parts.append(
-            (
-                np.where(inner, tree.feature, _LEAF),
-                np.where(inner, tree.threshold, 0.0),
-                np.where(inner, tree.children_right + offset, 0),
-                np.where(inner, 0.0, tree.value[:, 0, 0] * weight / len(model.estimators_)),
-            )
-        )
-        roots.append(offset)
-        offset += tree.node_count
-    feature, threshold, right, value = (np.concatenate(column) for column in zip(*parts, strict=True))
-    split, start = feature.astype(np.uint8), np.array(roots, np.int32)
-    leaves = _dequantized(*_quantized(split, value, start), split, start)
-    return Trees(split, threshold.astype(np.float32), right.astype(np.int32), leaves, start, 0.0)
+def flat(feature: Any, threshold: Any, right: Any, value: Any, roots: Any, base: float) -> Trees:
+    """Trees of nodes in preorder, as `Trees` has them, leaf values in 64 steps a tree."""
+    split, start = np.asarray(feature, np.uint8), np.asarray(roots, np.int32)
+    leaves = _dequantized(*_quantized(split, np.asarray(value, np.float64), start), split, start)
+    limits, children = np.asarray(threshold, np.float32), np.asarray(right, np.int32)
+    return Trees(split, limits, children, leaves, start, base)
 
 
 def nothing() -> Trees:
@@ -302,7 +248,7 @@ def shortened(trees: Trees, features: Matrix) -> Trees:
     Any number between the two values that a threshold stands between will do; a short one packs better.
     """
     threshold = trees.threshold.copy()
-    for number in np.unique(trees.feature[trees.feature != _LEAF]):
+    for number in np.unique(trees.feature[trees.feature != LEAF]):
         own = trees.feature == number
         values = np.sort(features[:, number])
         table, place = np.unique(threshold[own], return_inverse=True)
@@ -323,14 +269,14 @@ def shortened(trees: Trees, features: Matrix) -> Trees:
 
 def _tree_of_leaves(feature: npt.NDArray[np.uint8], roots: npt.NDArray[np.int32]) -> npt.NDArray[np.intp]:
     """[leaves] the tree that each leaf belongs to."""
-    return np.searchsorted(roots, np.flatnonzero(feature == _LEAF), side="right") - 1
+    return np.searchsorted(roots, np.flatnonzero(feature == LEAF), side="right") - 1
 
 
 def _quantized(
     feature: npt.NDArray[np.uint8], value: npt.NDArray[Any], roots: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.uint8], Matrix]:
     """(steps [leaves], least value and step [T, 2])."""
-    leaves, tree = value[feature == _LEAF].astype(np.float64), _tree_of_leaves(feature, roots)
+    leaves, tree = value[feature == LEAF].astype(np.float64), _tree_of_leaves(feature, roots)
     low, high = np.full(len(roots), np.inf), np.full(len(roots), -np.inf)
     np.minimum.at(low, tree, leaves)
     np.maximum.at(high, tree, leaves)
@@ -345,7 +291,7 @@ def _dequantized(
     """[N] leaf values in their places."""
     tree = _tree_of_leaves(feature, roots)
     value = np.zeros(len(feature), np.float32)
-    value[feature == _LEAF] = scale[tree, 0] + steps.astype(np.float32) * scale[tree, 1]
+    value[feature == LEAF] = scale[tree, 0] + steps.astype(np.float32) * scale[tree, 1]
     return value
 
 
@@ -360,7 +306,7 @@ def _joined_planes(planes: npt.NDArray[np.uint8], kind: type[Any]) -> npt.NDArra
 
 def _arrays(trees: Trees) -> dict[str, npt.NDArray[Any]]:
     """What is alike stands together, which packs best: which nodes split, by what, at which threshold."""
-    inner = trees.feature != _LEAF
+    inner = trees.feature != LEAF
     split = trees.feature[inner]
     used = np.unique(split)
     tables, index = [], np.zeros(len(split), dtype=np.uint16)
@@ -392,7 +338,7 @@ def _arrays(trees: Trees) -> dict[str, npt.NDArray[Any]]:
 def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> Trees:
     inner = np.unpackbits(arrays["inner"])[: int(arrays["nodes"][0])].astype(bool)
     split = arrays["split"]
-    feature = np.full(len(inner), _LEAF, np.uint8)
+    feature = np.full(len(inner), LEAF, np.uint8)
     feature[inner] = split
     sizes = arrays["tables"].reshape(-1, 2).astype(np.int64)
     start = np.zeros(256, dtype=np.int64)

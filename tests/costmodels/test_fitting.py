@@ -29,41 +29,10 @@ from costmodels.learned.train_few import (
 )
 from costmodels.learned.train_power import fit_power
 from costmodels.learned.transposed import transposed
-from costmodels.learned.trees import Hedged, from_boosting, from_forest, joined, nothing, pack, unpack
+from costmodels.learned.trees import Hedged, nothing, pack, unpack
 from hardware import load_catalog
 from tests.costmodels.devices import H100
 from tests.costmodels.shapes import some_gemms
-
-
-def test_trees_equal_scikit_learn_and_survive_a_file(tmp_path: Path) -> None:
-    from sklearn.ensemble import HistGradientBoostingRegressor
-
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(800, 5)).astype(np.float32)
-    y = x[:, 0] * 2 + np.sin(3 * x[:, 1]) + (x[:, 2] > 0.3)
-    model = HistGradientBoostingRegressor(max_iter=40, max_leaf_nodes=15, random_state=0).fit(x, y)
-    trees = from_boosting(model)
-    # Leaves are rounded to 64 steps of a tree's range, half a step each way: 40 trees with ranges below 1.
-    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=5e-2)
-    path = tmp_path / "t.zip"
-    path.write_bytes(pack(trees, {"name": "toy"}))
-    again, none, card = unpack(path)
-    assert none is None
-    assert card["name"] == "toy"
-    np.testing.assert_allclose(again.predict(x), trees.predict(x), atol=1e-6)
-
-
-def test_a_forest_is_its_trees_mean_and_adds_to_others() -> None:
-    from sklearn.ensemble import ExtraTreesRegressor
-
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(300, 4)).astype(np.float32)
-    y = x[:, 0] + np.sin(4 * x[:, 1])
-    model = ExtraTreesRegressor(50, min_samples_leaf=2, random_state=0).fit(x, y)
-    trees = from_forest(model)
-    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=3e-2)
-    twice = joined(trees, trees)
-    np.testing.assert_allclose(twice.predict(x), 2 * trees.predict(x), atol=1e-6)
 
 
 def _smooth(rows: int, seed: int = 4) -> tuple[Any, Any]:

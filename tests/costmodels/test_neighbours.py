@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from costmodels.learned import fitting
 from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit
+from costmodels.learned.grown import from_boosting
 from costmodels.learned.judging import dealt
 from costmodels.learned.neighbours import Neighbours, measured_around
 from costmodels.learned.shapes import columns, make_batch
-from costmodels.learned.trees import Beside, from_boosting, pack, shortened, unpack
+from costmodels.learned.trees import Beside, pack, shortened, unpack
 from tests.costmodels.devices import H100
 
 M, N, K = (1, 16, 17, 256), tuple(128 << i for i in range(9)), tuple(96 << i for i in range(8))

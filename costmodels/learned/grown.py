@@ -1,0 +1,87 @@
+"""Trees that libraries have grown, as flat arrays: LightGBM's and scikit-learn's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from costmodels.learned.trees import LEAF, Trees, flat
+
+Columns = tuple[npt.NDArray[Any], ...]
+
+
+def from_lightgbm(booster: Any) -> Trees:
+    """A fitted LightGBM booster, read from the text that it saves."""
+    trees = []
+    for text in booster.model_to_string().split("\nTree=")[1:]:
+        told = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
+        values = np.array(told["leaf_value"].split(), np.float64)
+        inner = len(values) - 1
+        leaf = np.arange(2 * inner + 1) >= inner
+        children = np.zeros((len(leaf), 2), np.int64)
+        feature, threshold, value = np.full(len(leaf), LEAF), *np.zeros((2, len(leaf)))
+        value[leaf] = values
+        if inner:
+            feature[~leaf] = np.array(told["split_feature"].split(), np.int64)
+            threshold[~leaf] = np.array(told["threshold"].split(), np.float64)
+            sides = np.array([told[side].split() for side in ("left_child", "right_child")], np.int64).T
+            # A leaf is a child below zero, ~0 the first of them: here they stand behind the inner nodes.
+            children[~leaf] = np.where(sides < 0, inner + ~sides, sides)
+        trees.append(_in_preorder(leaf, children, feature, threshold, value))
+    return _together(trees, 0.0)
+
+
+def from_boosting(model: Any) -> Trees:
+    """A fitted scikit-learn HistGradientBoostingRegressor."""
+    trees = []
+    for (predictor,) in model._predictors:
+        nodes = predictor.nodes
+        leaf = nodes["is_leaf"].astype(bool)
+        children = np.stack([nodes["left"], nodes["right"]], axis=1).astype(np.int64)
+        feature = np.where(leaf, LEAF, nodes["feature_idx"])
+        threshold, value = np.where(leaf, 0.0, nodes["num_threshold"]), np.where(leaf, nodes["value"], 0.0)
+        trees.append(_in_preorder(leaf, children, feature, threshold, value))
+    return _together(trees, float(np.ravel(model._baseline_prediction)[0]))
+
+
+def from_forest(model: Any, weight: float = 1.0) -> Trees:
+    """`weight` times the mean of a fitted scikit-learn forest, as a sum of small leaves."""
+    trees = []
+    for estimator in model.estimators_:
+        tree = estimator.tree_
+        leaf = tree.children_left < 0
+        children = np.stack([tree.children_left, tree.children_right], axis=1).astype(np.int64)
+        value = np.where(leaf, tree.value[:, 0, 0] * weight / len(model.estimators_), 0.0)
+        feature, threshold = np.where(leaf, LEAF, tree.feature), np.where(leaf, 0.0, tree.threshold)
+        trees.append(_in_preorder(leaf, children, feature, threshold, value))
+    return _together(trees, 0.0)
+
+
+def _in_preorder(
+    leaf: npt.NDArray[np.bool_], children: npt.NDArray[np.int64], feature: Any, threshold: Any, value: Any
+) -> Columns:
+    """feature, threshold, right child (0 for a leaf) and value of a tree's nodes, whose root is node 0,
+    where a node's left child comes next and its right one after the left branch."""
+    ends, pairs = leaf.tolist(), children.tolist()
+    order, stack = [], [0]
+    while stack:
+        node = stack.pop()
+        order.append(node)
+        if not ends[node]:
+            left, right = pairs[node]
+            stack += [right, left]
+    place = np.empty(len(leaf), np.int64)
+    place[order] = np.arange(len(order))
+    after = np.where(leaf, 0, place[children[:, 1]])
+    return feature[order], threshold[order], after[order], value[order]
+
+
+def _together(trees: list[Columns], base: float) -> Trees:
+    """All trees' nodes one after the other."""
+    roots = np.cumsum([0, *(len(tree[0]) for tree in trees)])[:-1]
+    feature, threshold, right, value = (np.concatenate(column) for column in zip(*trees, strict=True))
+    sizes = [len(tree[0]) for tree in trees]
+    right = np.where(right > 0, right + np.repeat(roots, sizes), 0)
+    return flat(feature, threshold, right, value, roots, base)

@@ -1,0 +1,117 @@
+"""Trees that libraries have grown answer as the libraries do, from flat arrays and from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from costmodels.learned import boosting
+from costmodels.learned.boosting import Setting, boosted
+from costmodels.learned.grown import from_boosting, from_forest, from_lightgbm
+from costmodels.learned.trees import Trees, joined, pack, unpack
+
+LIBRARIES = ("LightGBM", "scikit-learn")
+
+
+def lightgbm() -> Any:
+    return pytest.importorskip("lightgbm", reason="LightGBM comes with the extra `train`", exc_type=Exception)
+
+
+def rows(count: int = 800) -> tuple[Any, Any]:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(count, 5)).astype(np.float32)
+    return x, x[:, 0] * 2 + np.sin(3 * x[:, 1]) + (x[:, 2] > 0.3)
+
+
+def survives(trees: Trees, x: Any, path: Path) -> None:
+    path.write_bytes(pack(trees, {"name": "toy"}))
+    again, none, card = unpack(path)
+    assert none is None
+    assert card["name"] == "toy"
+    np.testing.assert_array_equal(again.right, trees.right)
+    np.testing.assert_allclose(again.predict(x), trees.predict(x), atol=1e-6)
+
+
+def test_boosted_trees_equal_scikit_learns(tmp_path: Path) -> None:
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
+    x, y = rows()
+    model = HistGradientBoostingRegressor(max_iter=40, max_leaf_nodes=15, random_state=0).fit(x, y)
+    trees = from_boosting(model)
+    # Leaves are rounded to 64 steps of a tree's range, half a step each way: 40 trees with ranges below 1.
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=5e-2)
+    survives(trees, x, tmp_path / "t.zip")
+
+
+@pytest.mark.parametrize("leaves", [2, 15])
+def test_boosted_trees_equal_lightgbms(leaves: int, tmp_path: Path) -> None:
+    x, y = rows()
+    settings = {"num_leaves": leaves, "verbose": -1, "num_threads": 1}
+    model = lightgbm().train(settings, lightgbm().Dataset(x, y), 40)
+    trees = from_lightgbm(model)
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=5e-2)
+    survives(trees, x, tmp_path / "t.zip")
+
+
+def test_trees_that_never_split_are_a_number() -> None:
+    x, y = rows()
+    settings = {"min_data_in_leaf": len(y), "verbose": -1, "num_threads": 1}
+    trees = from_lightgbm(lightgbm().train(settings, lightgbm().Dataset(x, y), 3))
+    np.testing.assert_allclose(trees.predict(x), y.mean(), atol=1e-6)
+
+
+def test_a_forest_is_its_trees_mean_and_adds_to_others() -> None:
+    from sklearn.ensemble import ExtraTreesRegressor
+
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(300, 4)).astype(np.float32)
+    y = x[:, 0] + np.sin(4 * x[:, 1])
+    model = ExtraTreesRegressor(50, min_samples_leaf=2, random_state=0).fit(x, y)
+    trees = from_forest(model)
+    np.testing.assert_allclose(trees.predict(x), model.predict(x), atol=3e-2)
+    twice = joined(trees, trees)
+    np.testing.assert_allclose(twice.predict(x), 2 * trees.predict(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_either_library_fits_what_it_is_asked_for(absolute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    lightgbm()
+    x, y = rows(4000)
+    y[::4] += 5.0  # a mean follows these, a median does not
+    size = Setting(80, 15, 0.15, 8, 0.8)
+    found = {}
+    for name in LIBRARIES:
+        monkeypatch.setattr(boosting, "library", lambda name=name: name)
+        trees = found[name] = boosted(x[:3000], y[:3000], size, 0, absolute=absolute)
+        again = boosted(x[:3000], y[:3000], size, 0, absolute=absolute)
+        assert pack(again, {}) == pack(trees, {}), name
+        assert len(trees.roots) == 80, name
+        away = np.median(y[3000:] - trees.predict(x[3000:]))
+        assert (abs(away) < 0.15) == absolute, (name, away)
+        assert len(boosted(x, y, size, 0, brief=True).roots) == 40, name
+    one, other = (trees.predict(x[3000:]) for trees in found.values())
+    assert np.corrcoef(one, other)[0, 1] > 0.97
+
+
+def test_scikit_learn_fits_where_lightgbm_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    real = importlib.import_module
+
+    def missing(name: str, *rest: Any) -> Any:
+        if name == "lightgbm":
+            raise OSError("libgomp.so.1: cannot open shared object file")
+        return real(name, *rest)
+
+    monkeypatch.setattr(boosting.importlib, "import_module", missing)
+    boosting.library.cache_clear()
+    try:
+        assert boosting.library().startswith("scikit-learn ")
+        x, y = rows()
+        trees = boosted(x, y, "bmm", 0)
+    finally:
+        boosting.library.cache_clear()
+    assert np.abs(trees.predict(x) - y).mean() < 0.1
