@@ -19,7 +19,7 @@ from costmodels.learned.boosting import SETTINGS, Setting, boosted
 from costmodels.learned.data import Problem
 from costmodels.learned.neighbours import measured_around
 from costmodels.learned.net import LARGE, SMALL, Layers, fit_net
-from costmodels.learned.process import fit_process
+from costmodels.learned.process import QUICK, fit_process
 from costmodels.learned.shapes import Batch, Matrix, closed_form, make_batch
 from costmodels.learned.train_few import FEW_ROWS
 from costmodels.learned.transposed import transposed
@@ -57,7 +57,7 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     sound = np.abs(target - np.median(target)) < _WILD
     features, target = features[sound], target[sound]
     if len(seconds) < FEW_ROWS:
-        process = replace(nothing(), smooth=(fit_process(features, target, seed),))
+        process = replace(nothing(), smooth=(fit_process(features, target, seed, QUICK),))
         trees = boosted(features, target, _FEW, seed)
         return _hedged(trees, process, _FEW_APART, features)
     if family in SMOOTH:

@@ -14,7 +14,7 @@ from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit
 from costmodels.learned.judging import dealt
 from costmodels.learned.net import SMALL, fit_net
-from costmodels.learned.process import fit_process
+from costmodels.learned.process import fit_process, unlikelihood
 from costmodels.learned.shapes import Batch, bound_s, closed_form, columns, make_batch, rates_of
 from costmodels.learned.train import few_of, train_one
 from costmodels.learned.train_few import (
@@ -51,7 +51,37 @@ def test_a_network_follows_what_is_smooth_and_does_not_run_away() -> None:
     np.testing.assert_allclose(net.predict(fresh)[:1], net.predict(fresh[:1]), rtol=1e-12)
 
 
-def test_a_process_equals_scikit_learn_and_beats_a_forest_on_few_smooth_rows() -> None:
+def test_a_process_is_as_likely_as_scikit_learn_says() -> None:
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    x, y = _smooth(80)
+    lengths = [0.7, 2.0, 3.0, 40.0]
+    kernel = ConstantKernel(1.3) * Matern(lengths, nu=1.5) + WhiteKernel(0.02)
+    theirs = GaussianProcessRegressor(kernel, alpha=0.0, optimizer=None).fit(x, y)
+    value, slope = theirs.log_marginal_likelihood(theirs.kernel_.theta, eval_gradient=True)
+    ours, slopes = unlikelihood(np.log([1.3, 0.02, *lengths]), x.astype(float), y)
+    assert ours == pytest.approx(-value, rel=1e-9)
+    np.testing.assert_allclose(slopes[[0, 2, 3, 4, 5, 1]], -slope, rtol=1e-6)
+    # Where the kernel cannot be inverted, no step is taken.
+    assert unlikelihood(np.log([1.0, 1e-300, *lengths]), np.zeros((5, 4)), y[:5])[0] == 1e25
+
+
+def test_a_process_answers_as_scikit_learns_does() -> None:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    x, y = _smooth(300)
+    kernel = ConstantKernel(1.0) * Matern([5.0] * 4, (0.3, 1e3), nu=1.5) + WhiteKernel(1e-2, (1e-4, 1.0))
+    with pytest.warns(ConvergenceWarning):  # one feature does not matter: its length is at the upper bound
+        theirs = GaussianProcessRegressor(kernel, normalize_y=True).fit(x, y)
+    fresh, _ = _smooth(500, 5)
+    apart = fit_process(x, y, 0).predict(fresh) - theirs.predict(fresh)
+    assert np.abs(apart).mean() < 1e-3
+
+
+def test_a_process_beats_a_forest_on_few_smooth_rows() -> None:
     x, y = _smooth(300)
     process = fit_process(x, y, 0)
     fresh, truth = _smooth(500, 5)
