@@ -43,7 +43,7 @@ _APART = 0.3
 #: Residuals beyond this (a factor of 12) are broken rows, not kernels.
 _WILD = 2.5
 #: Trees that say what lies beyond the measured tokens without having seen it.
-_GUESS = Setting(60, 31, 0.3, 8, 0.6)
+_GUESS = Setting(120, 31, 0.15, 8, 0.4)
 
 
 def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: bool = False) -> Trees:
