@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from costmodels.learned.apex import apex_problems
+from costmodels.learned.boosting import library
 from costmodels.learned.cards import Card, card_of
 from costmodels.learned.data import Problem, power_problems, problems
 from costmodels.learned.fitting import fit
@@ -91,6 +92,8 @@ def train(
         if data_dir is not None or apex_dir is None:
             raise
         tables = None
+    if progress:
+        progress(f"boosted trees by {library()}")
     out_dir.mkdir(parents=True, exist_ok=True)
     index_path = out_dir / "index.json"
     index: dict[str, Any] = json.loads(index_path.read_text("utf-8")) if only and index_path.exists() else {}
