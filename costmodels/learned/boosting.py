@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,12 +54,19 @@ _BRIEF = 2.0
 
 
 @cache
-def library() -> str:
-    """What fits boosted trees here, LightGBM or scikit-learn, and its version."""
+def _lightgbm() -> ModuleType | None:
     try:
-        return f"LightGBM {importlib.import_module('lightgbm').__version__}"
+        return importlib.import_module("lightgbm")
     except (ImportError, OSError):
-        return f"scikit-learn {importlib.import_module('sklearn').__version__}"
+        return None
+
+
+def library() -> str:
+    """What grows boosted trees here, and its version."""
+    lightgbm = _lightgbm()
+    if lightgbm is not None:
+        return f"LightGBM {lightgbm.__version__}"
+    return f"scikit-learn {importlib.import_module('sklearn').__version__}"
 
 
 def boosted(
@@ -74,13 +82,15 @@ def boosted(
     size = SETTINGS[family] if isinstance(family, str) else family
     cut = _BRIEF if brief else 1.0
     size = size._replace(trees=int(size.trees / cut), rate=size.rate * cut)
-    fit = _by_lightgbm if library().startswith("LightGBM") else _by_sklearn
-    return shortened(fit(features, np.asarray(target, np.float64), size, seed, absolute), features)
+    lightgbm, rows = _lightgbm(), np.asarray(target, np.float64)
+    if lightgbm is None:
+        return shortened(_by_sklearn(features, rows, size, seed, absolute), features)
+    return shortened(_by_lightgbm(lightgbm, features, rows, size, seed, absolute), features)
 
 
-def _by_lightgbm(features: Any, target: FloatArray, size: Setting, seed: int, absolute: bool) -> Trees:
-    import lightgbm
-
+def _by_lightgbm(
+    lightgbm: Any, features: Any, target: FloatArray, size: Setting, seed: int, absolute: bool
+) -> Trees:
     settings = {
         "objective": "l1" if absolute else "l2", "num_leaves": size.leaves, "learning_rate": size.rate,
         "min_data_in_leaf": size.least, "min_sum_hessian_in_leaf": 0.0, "lambda_l2": _RIDGE,
