@@ -62,11 +62,8 @@ def _lightgbm() -> ModuleType | None:
 
 
 def library() -> str:
-    """What grows boosted trees here, and its version."""
-    lightgbm = _lightgbm()
-    if lightgbm is not None:
-        return f"LightGBM {lightgbm.__version__}"
-    return f"scikit-learn {importlib.import_module('sklearn').__version__}"
+    """What grows boosted trees here."""
+    return "scikit-learn" if _lightgbm() is None else "LightGBM"
 
 
 def boosted(
