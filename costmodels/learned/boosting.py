@@ -41,7 +41,7 @@ SETTINGS: dict[str, Setting] = {
     "bmm": Setting(200, 15, 0.1, 6),
     "power": Setting(160, 31, 0.11, 6),
     "power-prefill": Setting(100, 63, 0.14, 6, 0.7),
-    "power-decode": Setting(80, 15, 0.15, 6),
+    "power-decode": Setting(80, 15, 0.15, 6, 0.7),
     "power-moe": Setting(80, 15, 0.15, 6),
     "spread": Setting(60, 15, 0.1, 30),
 }
