@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def product_files(suffix: str = ".py") -> list[Path]:
     return sorted(path for room in ROOMS for path in (ROOT / room).rglob(f"*{suffix}"))
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Full names of the modules that a file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -32,7 +34,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where a name lives"
             names.add(node.module or "")
-    return names
+    return frozenset(names)
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -209,7 +209,8 @@ def test_a_small_table_is_the_mean_of_trees_and_a_process() -> None:
     far[:, 0] += 30.0
     np.testing.assert_array_equal(found.predict(far), mean.first.predict(far))
     # A user's own few rows are fitted by what errs least on them.
-    assert few_of(replace(problem, own=True), batch, 0) is not None
+    few = some_gemms(2, 200)
+    assert few_of(replace(few, own=True), make_batch("gemm", few.raw, H100, "vllm", "bf16"), 0) is not None
     assert few_of(replace(some_gemms(2, FEW_ROWS), own=True), batch, 0) is None
 
 
