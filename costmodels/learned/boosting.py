@@ -79,15 +79,13 @@ def boosted(
     size = SETTINGS[family] if isinstance(family, str) else family
     cut = _BRIEF if brief else 1.0
     size = size._replace(trees=int(size.trees / cut), rate=size.rate * cut)
-    lightgbm, rows = _lightgbm(), np.asarray(target, np.float64)
-    if lightgbm is None:
-        return shortened(_by_sklearn(features, rows, size, seed, absolute), features)
-    return shortened(_by_lightgbm(lightgbm, features, rows, size, seed, absolute), features)
+    fit = _by_sklearn if _lightgbm() is None else _by_lightgbm
+    return shortened(fit(features, np.asarray(target, np.float64), size, seed, absolute), features)
 
 
-def _by_lightgbm(
-    lightgbm: Any, features: Any, target: FloatArray, size: Setting, seed: int, absolute: bool
-) -> Trees:
+def _by_lightgbm(features: Any, target: FloatArray, size: Setting, seed: int, absolute: bool) -> Trees:
+    import lightgbm
+
     settings = {
         "objective": "l1" if absolute else "l2", "num_leaves": size.leaves, "learning_rate": size.rate,
         "min_data_in_leaf": size.least, "min_sum_hessian_in_leaf": 0.0, "lambda_l2": _RIDGE,

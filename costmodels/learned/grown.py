@@ -62,8 +62,8 @@ def from_forest(model: Any, weight: float = 1.0) -> Trees:
 def _in_preorder(
     leaf: npt.NDArray[np.bool_], children: npt.NDArray[np.int64], feature: Any, threshold: Any, value: Any
 ) -> Columns:
-    """feature, threshold, right child (0 for a leaf) and value of a tree's nodes, whose root is node 0,
-    where a node's left child comes next and its right one after the left branch."""
+    """feature, threshold and value of a tree's nodes, whose root is node 0, where a node's left child comes
+    next and its right one after the left branch."""
     ends, pairs = leaf.tolist(), children.tolist()
     order, stack = [], [0]
     while stack:
@@ -72,16 +72,10 @@ def _in_preorder(
         if not ends[node]:
             left, right = pairs[node]
             stack += [right, left]
-    place = np.empty(len(leaf), np.int64)
-    place[order] = np.arange(len(order))
-    after = np.where(leaf, 0, place[children[:, 1]])
-    return feature[order], threshold[order], after[order], value[order]
+    return feature[order], threshold[order], value[order]
 
 
 def _together(trees: list[Columns], base: float) -> Trees:
     """All trees' nodes one after the other."""
-    roots = np.cumsum([0, *(len(tree[0]) for tree in trees)])[:-1]
-    feature, threshold, right, value = (np.concatenate(column) for column in zip(*trees, strict=True))
-    sizes = [len(tree[0]) for tree in trees]
-    right = np.where(right > 0, right + np.repeat(roots, sizes), 0)
-    return flat(feature, threshold, right, value, roots, base)
+    feature, threshold, value = (np.concatenate(column) for column in zip(*trees, strict=True))
+    return flat(feature.astype(np.uint8), threshold.astype(np.float32), value, base)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from costmodels.ops import FloatArray
+
 Matrix = npt.NDArray[np.float32]
-FloatArray = npt.NDArray[np.float64]
 #: Rows answered at once.
 _CHUNK = 2048
 #: Least and most of the kernel's height, the noise, and the lengths, in units of the rows' spread.
@@ -47,7 +48,7 @@ class Process:
     weights: npt.NDArray[np.float32]
     base: float
 
-    def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
+    def predict(self, features: Matrix) -> FloatArray:
         """[n] predictions of features [n, f]."""
         rows = np.clip((features - self.mean) / self.scale, self.low, self.high).astype(np.float64)
         rows = rows / self.length
@@ -60,8 +61,7 @@ class Process:
             # would make an answer hang on what it was asked with.
             products = np.einsum("nf,af->na", part, anchors)
             apart = (part**2).sum(axis=1)[:, None] + squared - 2.0 * products
-            far = np.sqrt(3.0 * np.maximum(apart, 0.0))
-            found[start : start + _CHUNK] = ((1.0 + far) * np.exp(-far) * self.weights).sum(axis=1)
+            found[start : start + _CHUNK] = (_matern(apart)[0] * self.weights).sum(axis=1)
         return np.asarray(found + self.base)
 
     def scaled(self, factor: float) -> Process:
@@ -113,7 +113,7 @@ def fit_process(features: Matrix, target: FloatArray, seed: int, search: Search 
             options={"maxiter": search.steps},
         )  # fmt: skip
         height, noise, *length = np.exp(found.x)
-        kernel, _ = _kernel(rows / length)
+        kernel, _ = _matern(_apart(rows / length))
         kernel = height * kernel + noise * np.eye(len(rows))
         weights = cho_solve(cho_factor(kernel, lower=True), told) * height * unit
     return Process(
@@ -139,7 +139,7 @@ def unlikelihood(at: FloatArray, rows: FloatArray, told: FloatArray) -> tuple[fl
 
     height, noise, *length = np.exp(at)
     count, near = len(rows), rows / length
-    shape, fall = _kernel(near)
+    shape, fall = _matern(_apart(near))
     try:
         factor = cho_factor(height * shape + noise * np.eye(count), lower=True)
     except np.linalg.LinAlgError:
@@ -154,9 +154,14 @@ def unlikelihood(at: FloatArray, rows: FloatArray, told: FloatArray) -> tuple[fl
     return float(value), np.array([by_height, by_noise, *by_length])
 
 
-def _kernel(rows: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """[n, n] the Matern kernel between rows scaled by their lengths, and exp(-distance) in its unit."""
+def _apart(rows: FloatArray) -> FloatArray:
+    """[n, n] squared distances between rows."""
     squared = (rows**2).sum(axis=1)
-    far = np.sqrt(3.0 * np.maximum(squared[:, None] + squared - 2.0 * (rows @ rows.T), 0.0))
+    return np.asarray(squared[:, None] + squared - 2.0 * (rows @ rows.T))
+
+
+def _matern(apart: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The kernel at squared distances of rows scaled by their lengths, and exp(-distance) in its unit."""
+    far = np.sqrt(3.0 * np.maximum(apart, 0.0))
     fall = np.exp(-far)
     return (1.0 + far) * fall, fall

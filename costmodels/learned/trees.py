@@ -5,9 +5,9 @@ the left branch, so files need not say where. A leaf is a value. Files keep thre
 values per feature and an index of one byte, and leaf values as 64 steps between a tree's least and greatest
 (late trees only make small corrections, so their steps are small too). Trees may correct smooth parts
 (networks, Gaussian processes) and stand beside others that also see what was measured near by, or that a
-network stands under; a file may
-hold second trees that say how far off the first ones are. Files are ZIP archives of a card (JSON) and arrays
-in NumPy's own format, one after the other, without pickles; equal trees make equal bytes.
+network stands under; a file may hold second trees that say how far off the first ones are. Files are ZIP
+archives of a card (JSON) and arrays in NumPy's own format, one after the other, without pickles; equal trees
+make equal bytes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from numba import njit
 from costmodels.learned.neighbours import Neighbours
 from costmodels.learned.net import Net
 from costmodels.learned.process import Process
+from costmodels.ops import FloatArray
 
 Matrix = npt.NDArray[np.float32]
 FORMAT_VERSION = 8
@@ -72,9 +73,7 @@ class Beside:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays that `from_arrays` takes."""
-        return {f"near.{name}": array for name, array in self.near.arrays().items()} | {
-            f"trees.{name}": array for name, array in _arrays(self.trees).items()
-        }
+        return _named(near=self.near.arrays(), trees=_arrays(self.trees))
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Beside:
@@ -107,9 +106,8 @@ class Upon:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays that `from_arrays` takes."""
-        parts = {"prior": self.prior, "more": self.more}
-        found = {f"{part}.{name}": a for part, trees in parts.items() for name, a in _arrays(trees).items()}
-        return found | {"own.base": np.array([self.base], np.int64), "own.share": np.array([self.share])}
+        own = {"base": np.array([self.base], np.int64), "share": np.array([self.share])}
+        return _named(prior=_arrays(self.prior), more=_arrays(self.more), own=own)
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Upon:
@@ -138,9 +136,8 @@ class Hedged:
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays that `from_arrays` takes."""
-        parts = {"first": self.first, "second": self.second}
-        found = {f"{part}.{name}": a for part, trees in parts.items() for name, a in _arrays(trees).items()}
-        return found | {"own.limits": np.array([self.apart, self.edge])}
+        own = {"limits": np.array([self.apart, self.edge])}
+        return _named(first=_arrays(self.first), second=_arrays(self.second), own=own)
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Hedged:
@@ -148,6 +145,11 @@ class Hedged:
         parts = _parted(arrays)
         first, second = (_from_arrays(parts[name]) for name in ("first", "second"))
         return cls(first, second, *parts["own"]["limits"].tolist())
+
+
+def _named(**parts: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """part -> name as `part.name`, which `_parted` takes apart."""
+    return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
 
 
 def _parted(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, dict[str, npt.NDArray[Any]]]:
@@ -207,12 +209,11 @@ def _preorder(feature):  # type: ignore[no-untyped-def]
     return right, roots[:trees].copy()
 
 
-def flat(feature: Any, threshold: Any, right: Any, value: Any, roots: Any, base: float) -> Trees:
-    """Trees of nodes in preorder, as `Trees` has them, leaf values in 64 steps a tree."""
-    split, start = np.asarray(feature, np.uint8), np.asarray(roots, np.int32)
-    leaves = _dequantized(*_quantized(split, np.asarray(value, np.float64), start), split, start)
-    limits, children = np.asarray(threshold, np.float32), np.asarray(right, np.int32)
-    return Trees(split, limits, children, leaves, start, base)
+def flat(feature: npt.NDArray[np.uint8], threshold: Matrix, value: FloatArray, base: float) -> Trees:
+    """Trees of nodes [N] in preorder, tree after tree, leaf values in 64 steps a tree."""
+    right, roots = _preorder(feature)
+    leaves = _dequantized(*_quantized(feature, value, roots), feature, roots)
+    return Trees(feature, threshold, right, leaves, roots, base)
 
 
 def nothing() -> Trees:
