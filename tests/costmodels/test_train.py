@@ -60,8 +60,6 @@ def _tables(folder: Path, rows: int = 900, kind: str = "csv") -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_tables_are_cleaned_and_trained(kind: str, tmp_path: Path) -> None:
-    if kind == "parquet":
-        pytest.importorskip("pyarrow", reason="reading Parquet needs the extra `train`")
     _tables(tmp_path / "data", kind=kind)
     (problem,) = problems(tmp_path / "data")
     assert problem.dropped["duplicates"] == 50
