@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from costmodels.learned.shapes import PUBLISHED, STATIC_SCALES
-from costmodels.learned.tables import ENGINES, SYSTEMS, read_frame, systems, version_of
+from costmodels.learned.tables import ENGINES, SYSTEMS, files_of, read_frame, systems
 from costmodels.ops import FloatArray
 from hardware import load_catalog
 
@@ -27,8 +27,8 @@ def memory_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArr
     for system, name in systems().items():
         root, device = tables / system, catalog.device(name)
         for engine in ENGINES:
-            scaled = sorted((root / "quantize" / engine).glob("*/scale_matrix_perf.*"), key=version_of)
-            copied = sorted((root / "memory" / engine).glob("*/memory_perf.*"), key=version_of)
+            scaled = files_of(root / "quantize", system, engine, "scale_matrix_perf", sustained=True)
+            copied = files_of(root / "memory", system, engine, "memory_perf", sustained=True)
             if not (scaled or copied):
                 continue
             path = (copied or scaled)[-1]
@@ -53,9 +53,8 @@ def scale_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, FloatArra
     """
     for system, name in SYSTEMS.items():
         for engine in STATIC_SCALES:
-            found = sorted(
-                (tables / system / "quantize" / engine).glob("*/computescale_perf.*"), key=version_of
-            )
+            root = tables / system / "quantize"
+            found = files_of(root, system, engine, "computescale_perf", sustained=True)
             if not found:
                 continue
             frame = read_frame(found[-1])
@@ -81,7 +80,7 @@ def collective_tables(tables: Path) -> Iterator[tuple[str, str, FloatArray, Floa
         comm = tables / system / "comm"
         for engine in ("nccl", *ENGINES):
             table = "nccl_perf" if engine == "nccl" else "custom_allreduce_perf"
-            files = sorted((comm / engine).glob(f"*/{table}.*"), key=version_of)
+            files = files_of(comm, system, engine, table, sustained=True)
             if not files:
                 continue
             path = files[-1]

@@ -83,7 +83,7 @@ def find_tables(data_dir: Path | None) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "systems" / "data"
 
 
-def version_of(path: Path) -> tuple[int, ...]:
+def _version(path: Path) -> tuple[int, ...]:
     """The engine version whose folder a table lies in, for sorting."""
     return tuple(int(part) for part in re.findall(r"\d+", path.parent.name))
 
@@ -95,7 +95,7 @@ def files_of(root: Path, system: str, engine: str, name: str, *, sustained: bool
         for path in (root / engine).glob(f"*/{name}.*")
         if sustained or (system, engine, path.parent.name) not in _SUSTAINED
     ]
-    return sorted(found, key=version_of)
+    return sorted(found, key=_version)
 
 
 def systems() -> dict[str, str]:
