@@ -114,8 +114,8 @@ START["mla_prefill"], START["mla_decode"] = START["prefill"], START["decode"]
 #: Formats of GEMMs whose tables hold the scaling of their activations.
 NARROWED = ("fp8", "fp8_block", "fp4", "int8")
 
-#: Share of the error that a cost per row of activations must leave at the most.
-ROW_WORTH = 0.92
+#: Share of the error that a further coefficient must leave at the most.
+WORTH = 0.92
 
 #: Coefficients that are shares of something stay physical.
 UPPER = {
@@ -128,12 +128,13 @@ UPPER = {
     "idle": 1.0,
     "pad": 1.5,
     "reuse": 6.0,
+    "routed": 6.0,
     "softmax": 400.0,
     "chunk": 64.0,
     "odd": 8.0,
     "unpacked": 1.0,
 }
-LOWER = {"overlap": 1.0, "compute": 0.03, "memory": 0.05, "shuffle": 0.05, "softmax": 1.0}
+LOWER = {"routed": 1e-4, "overlap": 1.0, "compute": 0.03, "memory": 0.05, "shuffle": 0.05, "softmax": 1.0}
 
 
 @dataclass(frozen=True)
@@ -423,12 +424,17 @@ def moe_problem(
 
 def fit(problem: Problem, rows: int = 1500) -> tuple[dict[str, float], np.ndarray, int]:
     """Coefficients fitted on the groups with hash < 75, and log residuals of the others."""
-    if problem.family != "gemm" or problem.dtype not in NARROWED:
-        return fit_from(problem, START[problem.family], rows)
-    plain = fit_from(problem, START["gemm"] | {"prepare": 5.0}, rows)
-    # A cost per row is kept where it tells clearly more (vLLM's own kernel for fp8).
-    by_row = fit_from(problem, START["gemm"] | {"prepare": 5.0, "row_s": 1e-9}, rows)
-    return by_row if mean_error(by_row[1]) < ROW_WORTH * mean_error(plain[1]) else plain
+    start, more = dict(START[problem.family]), {}
+    if problem.family == "moe":
+        more = {"routed": 0.3}
+    elif problem.family == "gemm" and problem.dtype in NARROWED:
+        start["prepare"] = 5.0
+        more = {"row_s": 1e-9}  # vLLM's own kernel for fp8
+    plain = fit_from(problem, start, rows)
+    if not more:
+        return plain
+    found = fit_from(problem, start | more, rows)
+    return found if mean_error(found[1]) < WORTH * mean_error(plain[1]) else plain
 
 
 def mean_error(log_error: np.ndarray) -> float:

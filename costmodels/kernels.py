@@ -209,7 +209,8 @@ def moe_time(
 
     `active` experts stream their weights; the rows of each are padded to a tile whose height the
     kernel picks from 16 to 128 by the mean rows per expert. A few large experts on few tiles
-    leave SMs idle, hence whole waves.
+    leave SMs idle, hence whole waves. Where experts are spread over devices, `routed` of what all
+    pairs of token and expert hold crosses memory on each: buffers and sums go over those of others too.
     """
     tokens, hidden, intermediate, experts, local, top_k, matrices = np.broadcast_arrays(
         *(
@@ -232,13 +233,15 @@ def moe_time(
     compute = work * reuse * np.power(idle, c["idle"]) / (rates.peak * c["compute"])
     streamed = active * matrices * hidden * intermediate * weight_bytes
     memory = streamed * np.power(idle, c["idle"]) / (rates.bandwidth * c["memory"])
-    shuffled = rows * (hidden * (act_bytes + 4.0) + intermediate * (2.0 * matrices))
+    each = hidden * (act_bytes + 4.0) + intermediate * (2.0 * matrices)
+    others = np.maximum(tokens * top_k - rows, 0.0) * each * c.get("routed", 0.0)
     body = smooth_max(compute, memory, c["overlap"])
     return np.asarray(
         c["fixed_s"]
         + active * c["expert_s"]
         + waves * c["wave_s"]
-        + shuffled / (rates.bandwidth * c["shuffle"])
+        + rows * each / (rates.bandwidth * c["shuffle"])
+        + others / rates.bandwidth
         + body,
         dtype=np.float64,
     )

@@ -32,10 +32,10 @@ class Setting(NamedTuple):
 
 #: By family: what fits the budget of a file. Kernels of decode attention switch often: large trees.
 SETTINGS: dict[str, Setting] = {
-    "gemm": Setting(272, 63, 0.115, 8, 0.6),
+    "gemm": Setting(264, 63, 0.115, 8, 0.6),
     "prefill": Setting(300, 31, 0.08, 8, 0.6),
-    "decode": Setting(300, 95, 0.12, 8),
-    "moe": Setting(200, 31, 0.1, 12),
+    "decode": Setting(290, 95, 0.12, 8),
+    "moe": Setting(188, 31, 0.1, 12),
     "mla_prefill": Setting(150, 15, 0.08, 8, 0.5),
     "mla_decode": Setting(300, 15, 0.1, 8),
     "bmm": Setting(200, 15, 0.1, 6),

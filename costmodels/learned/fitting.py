@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from costmodels.learned.boosting import SETTINGS, Setting, boosted
 from costmodels.learned.data import Problem
@@ -40,8 +41,9 @@ _FEW, _FEW_APART = Setting(120, 15, 0.15, 3, 0.5), 0.2
 #: Log units that the one with the network may lie off the other one: of two dozen expert tables, the four
 #: whose networks ran wild on models never seen then lose little.
 _APART = 0.3
-#: Residuals beyond this (a factor of 12) are broken rows, not kernels.
-_WILD = 2.5
+#: A row so many log units (a factor of 12) off the median is a broken reading unless two of the six rows
+#: nearest to it in size lie within a factor of e of it: kernels that fall off a cliff do so together.
+_WILD, _NEAR, _AGREE, _WITHIN = 2.5, 6, 2, 1.0
 #: Trees that say what lies beyond the measured tokens without having seen it.
 _GUESS = Setting(120, 31, 0.15, 8, 0.4)
 
@@ -54,7 +56,7 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     family, seconds = problem.family, problem.seconds
     chosen = np.ones(len(seconds), dtype=bool) if rows is None else rows
     features, target = batch.features[chosen], np.log(seconds[chosen] / batch.base_s[chosen])
-    sound = np.abs(target - np.median(target)) < _WILD
+    sound = like_its_neighbours(batch.raw[chosen], target)
     features, target = features[sound], target[sound]
     if len(seconds) < FEW_ROWS:
         process = replace(nothing(), smooth=(fit_process(features, target, seed, QUICK),))
@@ -77,6 +79,23 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     rows_near = np.column_stack([features, near.columns(features)])
     plain, more = (boosted(part, target, half, seed, brief=brief) for part in (features, rows_near))
     return replace(scaled(plain, 0.5), smooth=(Beside(near, scaled(more, 0.5)),))
+
+
+def like_its_neighbours(raw: FloatArray, target: FloatArray) -> npt.NDArray[np.bool_]:
+    """[n] whether rows are readings of a kernel: near the median, or as far off it as rows of like size."""
+    sound = np.ones(len(target), dtype=bool)
+    far = np.flatnonzero(np.abs(target - np.median(target)) > _WILD)
+    if not len(far):
+        return sound
+    from scipy.spatial import cKDTree
+
+    sizes = np.log2(np.maximum(raw, 0.5))
+    spread = sizes.std(axis=0)
+    sizes = sizes[:, spread > 0] / spread[spread > 0]
+    _, near = cKDTree(sizes).query(sizes[far], min(_NEAR + 1, len(target)))
+    agree = (np.abs(target[near] - target[far, None]) < _WITHIN).sum(axis=1) - 1  # a row agrees with itself
+    sound[far] = agree >= _AGREE
+    return sound
 
 
 def _hedged(first: Trees, second: Trees, apart: float, measured: Matrix) -> Trees:

@@ -29,7 +29,7 @@ from costmodels.kernels import (
     prefill_time,
 )
 from costmodels.ops import BYTES_PER_ELEMENT, FloatArray
-from costmodels.roofline import peak_flops_per_s
+from costmodels.roofline import OUTPUT_BYTES, peak_flops_per_s
 from hardware.device import Device
 
 Matrix = npt.NDArray[np.float32]
@@ -70,7 +70,7 @@ STATIC_SCALES = ("trtllm",)
 #: head's queries and keys, of its values, of the cached latent vector, and of its part that holds the values.
 MLA_HEAD, MLA_VALUE, MLA_CACHED, MLA_LATENT = 192, 128, 576, 512
 
-FEATURES_VERSION = 3
+FEATURES_VERSION = 4
 #: Upper edges of the base time's classes, s: intervals differ between them.
 TIME_CLASSES = (20e-6, 100e-6, 500e-6, np.inf)
 _TINY = 1e-12
@@ -259,7 +259,8 @@ def _prefill(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Cho
     for tile in (64, 128):
         blocks = batch * heads * np.ceil(q / tile)
         rows += [_log(blocks / rates.units), blocks / rates.units / np.ceil(blocks / rates.units)]
-    return base, rows
+    # What one head of a prompt holds, and rows of queries in all.
+    return base, [*rows, _log(q * dim), _log(batch * heads * q)]
 
 
 def _decode_work(raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
@@ -270,9 +271,12 @@ def _decode_work(raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:
 
 def _decode(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice) -> _Made:
     n, context, heads, kv_heads, dim, window, kv_bytes = _attention_columns(raw)
-    base = decode_time(
-        fit.fit.values, n, context, heads, kv_heads, 2.0 * dim, window, 2.0 * dim * kv_bytes, rates
-    )
+
+    def form(kv_heads: FloatArray) -> FloatArray:
+        each = 2.0 * dim * kv_bytes
+        return decode_time(fit.fit.values, n, context, heads, kv_heads, 2.0 * dim, window, each, rates)
+
+    base = form(kv_heads)
     work, moved = _decode_work(raw, dtype)
     seen = np.where(window > 0, np.minimum(window, context), context)
     rows = [_log(n), _log(context), _log(seen), _log(heads), _log(kv_heads), _log(heads / kv_heads)]
@@ -281,7 +285,12 @@ def _decode(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choi
     rows += _roof(work, moved, rates, base, device.l2_bytes)
     for blocks in (n * kv_heads, n * kv_heads * np.ceil(seen / 256.0)):
         rows += [_log(blocks / rates.units), blocks / rates.units / np.ceil(blocks / rates.units)]
-    return base, rows
+    # What one thread block reads of one head, and what all walk through, windows or not.
+    rows += [_log(seen * dim * kv_bytes), _log(n * context * kv_heads * dim * kv_bytes)]
+    # Queries of one KV head share blocks of a power of two; where they do not fill one, or are too many, some
+    # kernels read the cache again for each.
+    unfilled = np.where(_log(heads / kv_heads) % 1.0 > 0.0, 1.0, 0.0)
+    return base, [*rows, unfilled, _log(form(kv_heads=heads) / base)]
 
 
 def _moe_active(raw: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -316,7 +325,9 @@ def _moe(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choice)
         for wide in (2.0 * inter, hidden):
             blocks = active * np.ceil(each / a) * np.ceil(wide / b)
             rows += [_log(blocks / rates.units), each / (np.ceil(each / a) * a)]
-    return base, rows
+    # Where experts are spread over devices, kernels go over the pairs of all of them.
+    moved_by_all = tokens * top_k * (hidden + 3.0 * inter) * OUTPUT_BYTES
+    return base, [*rows, _log(moved_by_all / rates.bandwidth / base)]
 
 
 def _bmm_work(raw: FloatArray, dtype: str) -> tuple[FloatArray, FloatArray]:

@@ -11,7 +11,7 @@ import pytest
 
 from costmodels.learned import fitting
 from costmodels.learned.data import Problem
-from costmodels.learned.fitting import fit
+from costmodels.learned.fitting import fit, like_its_neighbours
 from costmodels.learned.judging import dealt
 from costmodels.learned.net import SMALL, fit_net
 from costmodels.learned.process import fit_process, unlikelihood
@@ -212,6 +212,31 @@ def test_a_small_table_is_the_mean_of_trees_and_a_process() -> None:
     few = some_gemms(2, 200)
     assert few_of(replace(few, own=True), make_batch("gemm", few.raw, H100, "vllm", "bf16"), 0) is not None
     assert few_of(replace(some_gemms(2, FEW_ROWS), own=True), batch, 0) is None
+
+
+def test_a_cliff_is_a_kernel_and_a_lone_reading_is_broken() -> None:
+    """Of some shapes a kernel takes forty times what its closed form says: they are answered so. A row as far
+    off among rows that are not was disturbed."""
+    rng = np.random.default_rng(2)
+    heads = rng.choice([8.0, 16, 32, 64, 128], 3000, p=[0.24, 0.24, 0.24, 0.24, 0.04])
+    raw = columns(
+        "decode", sequences=2.0 ** rng.integers(0, 9, 3000), context=2.0 ** rng.integers(4, 13, 3000),
+        heads=heads, kv_heads=1, head_dim=128, window=0, kv_bytes=2,
+    )  # fmt: skip
+    batch = make_batch("decode", raw, H100, "trtllm", "any", closed_form("decode", H100, "trtllm", "any"))
+    lone = np.flatnonzero(heads == 16)[::30]
+    times = np.where(heads == 128, 40.0, 1.0)
+    times[lone] = 60.0
+    seconds = batch.base_s * times * np.exp(rng.normal(0, 0.02, 3000))
+    target = np.log(seconds / batch.base_s)
+    sound = like_its_neighbours(raw, target)
+    assert sound[heads == 128].mean() > 0.95
+    assert not sound[lone].any()
+    assert sound.sum() > 3000 - 2 * len(lone)
+    problem = Problem(H100.name, "trtllm", "decode", "any", "0", raw, seconds, raw[:, 2])
+    error = target - fit(problem, batch, 0).predict(batch.features)
+    assert np.abs(error[heads == 128]).mean() < 0.1
+    assert np.abs(np.delete(error, lone)).mean() < 0.05
 
 
 def test_equal_data_and_seed_make_equal_bytes() -> None:

@@ -22,6 +22,7 @@ from costmodels import (
     GroupedGemm,
     HostOverhead,
     LearnedModel,
+    Operator,
     PrefillAttention,
     RooflineModel,
     compile_tables,
@@ -115,13 +116,14 @@ def test_errors_stand_where_they_were_judged() -> None:
 
     assert mean("h100-sxm-80gb/trtllm/gemm/bf16") < 0.035
     assert mean("/gemm/bf16") < 0.065
-    assert mean("/prefill/") < 0.05
-    assert mean("/decode/") < 0.05
+    assert mean("/prefill/") < 0.045
+    assert mean("/decode/") < 0.045
+    assert mean("/moe/") < 0.095
     assert mean("/mla_prefill/") < 0.05
-    assert mean("/mla_decode/") < 0.06
+    assert mean("/mla_decode/") < 0.055
     assert mean("/power-gemm/") < 0.08
     for name, row in ROWS.items():
-        assert row["mape"] < row["closed_form_mape"] * 1.05 or row["mape"] < 0.1, name
+        assert row["mape"] < row["closed_form_mape"] * 1.25 or row["mape"] < 0.1, name
 
 
 # --- predictions ---------------------------------------------------------------------------------
@@ -210,13 +212,41 @@ def test_features_are_finite_and_rows_do_not_mix(family: str, seed: int, name: s
 
 def test_features_have_not_changed_under_shipped_artifacts() -> None:
     """Whoever changes a feature raises FEATURES_VERSION and fits anew."""
-    raw = columns("gemm", m=np.array([1.0, 48, 1000]), n=4096, k=1536)
-    for dtype, expected in GEMM_FEATURES_SUM.items():
-        total = float(make_batch("gemm", raw, H100, "vllm", dtype).features.astype(np.float64).sum())
-        assert total == pytest.approx(expected, rel=1e-5)
+    sizes = {
+        "gemm": columns("gemm", m=np.array([1.0, 48, 1000]), n=4096, k=1536),
+        "prefill": columns("prefill", batch=2, query=np.array([17.0, 900]), heads=32, kv_heads=8,
+                           head_dim=128, window=0, kv_bytes=2),
+        "decode": columns("decode", sequences=np.array([3.0, 64]), context=1500, heads=32, kv_heads=8,
+                          head_dim=128, window=np.array([0.0, 128]), kv_bytes=2),
+        "moe": columns("moe", tokens=np.array([5.0, 3000]), hidden=4096, intermediate=1536, experts=128,
+                       local_experts=16, top_k=8),
+    }  # fmt: skip
+    for (family, dtype), expected in FEATURES_SUM.items():
+        batch = make_batch(family, sizes[family], H100, "vllm", dtype)
+        assert float(batch.features.astype(np.float64).sum()) == pytest.approx(expected, rel=1e-5)
 
 
-GEMM_FEATURES_SUM = {"bf16": 357.2539, "fp8": 342.1742}
+FEATURES_SUM = {
+    ("gemm", "bf16"): 357.2539, ("gemm", "fp8"): 342.1742, ("prefill", "bf16"): 478.9742,
+    ("decode", "bf16"): 541.0245, ("moe", "bf16"): 298.8788, ("moe", "fp8"): 298.2431,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "op", "measured_us"),
+    [
+        # Kernels fall off a cliff: B200 reads a cache again for each of 128 queries of one KV head.
+        ("trtllm", "b200-sxm-180gb", DecodeAttention(16, 4096, 32, 1, 128, 128), 16.0),
+        ("trtllm", "b200-sxm-180gb", DecodeAttention(16, 4096, 128, 1, 128, 128), 581.9),
+        # Experts of other devices cost buffers and sums.
+        ("vllm", "h100-sxm-80gb", GroupedGemm(8192, 4096, 1536, 128, 128, 8), 5866.8),
+        ("vllm", "h100-sxm-80gb", GroupedGemm(8192, 4096, 1536, 128, 1, 8), 1100.2),
+    ],
+)
+def test_what_was_measured_is_answered(engine: str, device: str, op: Operator, measured_us: float) -> None:
+    """Readings of aiconfigurator-core 0.12, far from where the closed form alone would be."""
+    found = LearnedModel(engine, sustained=False).predict(op, load_catalog().device(device))
+    assert float(found.time_s) * 1e6 == pytest.approx(measured_us, rel=0.1)
 
 
 def test_a_kind_of_attention_never_measured_is_left_to_the_closed_form() -> None:
