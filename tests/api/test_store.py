@@ -141,8 +141,10 @@ def test_cursors_come_back() -> None:
     assert decode_cursor(encode_cursor(ident)) == ident
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "é", "AAAA", "=" * 20, encode_cursor(new_id()) + "A", "a b"])
+@pytest.mark.parametrize("cursor", ["", "x", "é", "AAAA", "=" * 20, "a b", "one letter more"])
 def test_what_is_no_cursor(cursor: str) -> None:
+    if cursor == "one letter more":
+        cursor = encode_cursor(new_id()) + "A"
     with pytest.raises(ValueError, match="cursor"):
         decode_cursor(cursor)
 
