@@ -123,7 +123,8 @@ def test_errors_stand_where_they_were_judged() -> None:
     assert mean("/mla_decode/") < 0.055
     assert mean("/power-gemm/") < 0.08
     for name, row in ROWS.items():
-        assert row["mape"] < row["closed_form_mape"] * 1.25 or row["mape"] < 0.1, name
+        most = 1.25 if "/moe/" in name else 1.05  # models held out, to which closed forms were fitted
+        assert row["mape"] < row["closed_form_mape"] * most or row["mape"] < 0.1, name
 
 
 # --- predictions ---------------------------------------------------------------------------------

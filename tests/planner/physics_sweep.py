@@ -57,14 +57,14 @@ def pairs() -> list[tuple[str, str]]:
     return [(model, device) for model in own.values() for device in devices]
 
 
-def some(every: int) -> list[tuple[str, str]]:
-    """One pair in so many, spread over models and devices as a diagonal is."""
+def half(parity: int) -> list[tuple[str, str]]:
+    """Half of the pairs, as the fields of one colour of a chequerboard."""
     models: dict[str, int] = {}
     devices: dict[str, int] = {}
     found = []
     for model, device in pairs():
         at = models.setdefault(model, len(models)) + devices.setdefault(device, len(devices))
-        if at % every == 0:
+        if at % 2 == parity:
             found.append((model, device))
     return found
 

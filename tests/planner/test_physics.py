@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.planner.physics_sweep import pairs, some, violations
+from tests.planner.physics_sweep import half, pairs, violations
 
 # Large mixtures, latent attention, windows, recurrent layers and old devices are always looked at.
 ALWAYS = [
@@ -28,17 +28,17 @@ def test_no_prediction_breaks_physics(model: str, device: str, engine: str) -> N
 
 
 def test_nor_does_any_pair_of_the_catalog() -> None:
-    """Every model on every fourth device that holds it on one node, in continuous integration on all.
+    """Every model on every second device that holds it on one node, in continuous integration on all.
 
     Engines take turns.
     """
     broken = {}
     fitting = 0
-    chosen = pairs() if os.environ.get("CI") else some(4)
+    chosen = pairs() if os.environ.get("CI") else half(0)
     for index, (model, device) in enumerate(chosen):
         found = violations(model, device, ("vllm", "sglang", "trtllm")[index % 3])
         fitting += found is not None
         if found:
             broken[model, device] = found
     assert broken == {}
-    assert fitting > 0.75 * len(chosen) > 350
+    assert fitting > 0.75 * len(chosen) > 700
