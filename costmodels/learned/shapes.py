@@ -279,7 +279,8 @@ def _decode(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choi
     base = form(kv_heads)
     work, moved = _decode_work(raw, dtype)
     seen = np.where(window > 0, np.minimum(window, context), context)
-    rows = [_log(n), _log(context), _log(seen), _log(heads), _log(kv_heads), _log(heads / kv_heads)]
+    shared = _log(heads / kv_heads)
+    rows = [_log(n), _log(context), _log(seen), _log(heads), _log(kv_heads), shared]
     rows += [dim, kv_bytes, _log(n * kv_heads), _log(n * heads), _log(n * seen), _twos(context), _twos(n)]
     rows += [_log(np.where(window > 0, window, 1 << 20))]
     rows += _roof(work, moved, rates, base, device.l2_bytes)
@@ -289,7 +290,7 @@ def _decode(raw: FloatArray, device: Device, rates: Rates, dtype: str, fit: Choi
     rows += [_log(seen * dim * kv_bytes), _log(n * context * kv_heads * dim * kv_bytes)]
     # Queries of one KV head share blocks of a power of two; where they do not fill one, or are too many, some
     # kernels read the cache again for each.
-    unfilled = np.where(_log(heads / kv_heads) % 1.0 > 0.0, 1.0, 0.0)
+    unfilled = np.where(shared % 1.0 > 0.0, 1.0, 0.0)
     return base, [*rows, unfilled, _log(form(kv_heads=heads) / base)]
 
 

@@ -33,7 +33,7 @@ from hardware import InputError
 
 #: A predictor whose groups, each held out, err by more than this times the closed form is left out. More than
 #: once, as the closed form was fitted on most of these groups, and what ships knows all of them.
-_NO_BETTER = 1.25
+_WORSE = 1.25
 
 
 def few_of(problem: Problem, batch: Batch, seed: int) -> Few | None:
@@ -107,7 +107,7 @@ def train(
     def keep(data: bytes, card: dict[str, Any]) -> None:
         name = f"{card['key'].replace('/', '--')}.zip"
         judged.append(card["key"])
-        if card["mape"] is None or not card["mape"] < _NO_BETTER * card["closed_form_mape"]:
+        if card["mape"] is None or not card["mape"] < _WORSE * card["closed_form_mape"]:
             # Several kernels behind one table can defeat it; then the closed form is the better guess.
             index.pop(card["key"], None)
             (out_dir / name).unlink(missing_ok=True)
