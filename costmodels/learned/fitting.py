@@ -91,7 +91,7 @@ def like_its_neighbours(raw: FloatArray, target: FloatArray) -> npt.NDArray[np.b
 
     sizes = np.log2(np.maximum(raw, 0.5))
     spread = sizes.std(axis=0)
-    sizes = sizes[:, spread > 0] / spread[spread > 0]
+    sizes = sizes / np.where(spread > 0.0, spread, 1.0)
     _, near = cKDTree(sizes).query(sizes[far], min(_NEAR + 1, len(target)))
     agree = (np.abs(target[near] - target[far, None]) < _WITHIN).sum(axis=1) - 1  # a row agrees with itself
     sound[far] = agree >= _AGREE

@@ -233,6 +233,8 @@ def test_a_cliff_is_a_kernel_and_a_lone_reading_is_broken() -> None:
     assert sound[heads == 128].mean() > 0.95
     assert not sound[lone].any()
     assert sound.sum() > 3000 - 2 * len(lone)
+    # One size, measured again and again.
+    assert like_its_neighbours(np.ones((5, 3)), np.array([0.0, 0, 0, 0, 9])).tolist() == [True] * 4 + [False]
     problem = Problem(H100.name, "trtllm", "decode", "any", "0", raw, seconds, raw[:, 2])
     error = target - fit(problem, batch, 0).predict(batch.features)
     assert np.abs(error[heads == 128]).mean() < 0.1
