@@ -175,9 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
     profile = commands.add_parser(
         "profile",
         help="measure kernels on the GPU of this machine",
-        description="Time GEMM and attention kernels on an NVIDIA or AMD GPU through PyTorch (extra "
-        "`profile`), with power and clocks, into tables that `planfront train` reads. What is measured is "
-        "kept: an interrupted run goes on where it stopped.",
+        description="Time GEMM, attention and memory-bound kernels on an NVIDIA or AMD GPU through PyTorch "
+        "(extra `profile`) or vLLM, with power and clocks, into tables that `planfront train` reads. What is "
+        "measured is kept: an interrupted run goes on where it stopped.",
         epilog="example: planfront profile --out tables --quick",
     )
     profile.add_argument("--out", metavar="DIR", required=True, help="where the tables go")
@@ -190,6 +190,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     profile.add_argument(
         "--device", metavar="NAME", default="", help="the catalog's name, when the driver's is unknown"
+    )
+    profile.add_argument(
+        "--kernels",
+        metavar="K",
+        default="auto",
+        choices=("auto", "torch", "vllm"),
+        help="torch, or vllm: its own kernels, where it is installed (default: those, if --engine is vllm)",
+    )
+    profile.add_argument(
+        "--power",
+        action="store_true",
+        help="runs of a second and more, with the power that they draw, into DIR/sustained",
     )
     profile.add_argument("--quick", action="store_true", help="some hundred shapes instead of some thousand")
     profile.add_argument(

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from api import cli
+
+if TYPE_CHECKING:
+    from costmodels.profile import Bench
 
 DONE = 0
 
 
 def profile(given: argparse.Namespace) -> int:
     """Measure this machine's GPU into tables."""
-    from costmodels import profile as bench
+    from costmodels.profile import profile as measure
 
-    counts = bench.profile(
+    counts = measure(
         Path(given.out),
-        bench.Torch(),
+        _bench(given.kernels, given.engine),
         engine=given.engine,
         device=given.device,
         quick=given.quick,
+        power=given.power,
         budget_s=given.budget,
         progress=cli._note(given),
     )
     print(", ".join(f"{count} rows of {family}" for family, count in counts.items()), f"in {given.out}")
     return DONE
+
+
+def _bench(kernels: str, engine: str) -> Bench:
+    """The bench of a name; `auto`: of the engine's own kernels, where there is one and the engine is here."""
+    from importlib.util import find_spec
+
+    if kernels == "vllm" or (kernels == "auto" and engine == "vllm" and find_spec("vllm")):
+        from costmodels.bench_vllm import Vllm
+
+        return Vllm()
+    from costmodels.bench_torch import Torch
+
+    return Torch()
 
 
 def train(given: argparse.Namespace) -> int:

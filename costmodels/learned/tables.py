@@ -192,6 +192,8 @@ def _heads(part: Any) -> tuple[Any, Any, Any]:
 
 def _prefill(part: Any) -> tuple[Any, FloatArray, Any]:
     part = part[~part["attn_dtype"].astype(str).str.contains("fp8")]
+    if "step" in part:
+        part = part[part["step"] == 0]  # after cached tokens it is another problem
     kv, window, group = _heads(part)
     raw = columns(
         "prefill", batch=part["batch_size"], query=part["isl"], heads=part["num_heads"], kv_heads=kv,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from costmodels import DecodeAttention, Gemm, PrefillAttention, RooflineModel
+from costmodels.bench_torch import Torch, Watch
 from costmodels.profile import (
     COLLECTIVES,
-    COPY_BYTES,
+    MEMORY_BYTES,
     MESSAGES,
     Reading,
-    Torch,
+    Row,
     catalog_name,
     plan_rows,
     profile,
@@ -26,34 +28,42 @@ H100 = load_catalog().device("h100-sxm-80gb")
 
 
 class Recorded:
-    """Times of a model in place of a GPU, with a count of what was asked; no fp8."""
+    """Times of a model in place of a GPU, with a count of what was asked; 16 bits alone."""
 
-    device, software = "NVIDIA H100 80GB HBM3", "torch-2.9.0"
+    device, software, source = "NVIDIA H100 80GB HBM3", "torch-2.9.0", "recorded"
 
     def __init__(self, stop_after: int = 10**9, devices: int = 1) -> None:
         self.devices = devices
         self.model, self.asked, self.stop_after = RooflineModel("vllm", sustained=False), 0, stop_after
 
-    def _read(self, op: object) -> Reading:
+    def read(self, family: str, shape: Row, sustained: bool = False) -> Reading | None:
+        if family == "memory":
+            return (
+                Reading(1.5e-6 + 2 * shape["size_bytes"] / 3e12, 300.0, 1700.0)
+                if shape["kind"] == "copy"
+                else None
+            )
+        if family == "nccl":
+            both = 2 if shape["kind"] == "all_reduce" else 1
+            return Reading(8e-6 + 2 * shape["message_size"] * both / 400e9)
+        op: Gemm | PrefillAttention | DecodeAttention
+        if family == "gemm":
+            if shape["gemm_dtype"] != "bfloat16":
+                return None
+            op = Gemm(float(shape["m"]), shape["n"], shape["k"])
+        else:
+            layout = (shape["num_heads"], shape["num_key_value_heads"], shape["head_dim"], shape["head_dim"])
+            if family == "context_attention":
+                if shape["step"]:
+                    return None
+                op = PrefillAttention(float(shape["isl"]), 0.0, *layout)
+            else:
+                op = DecodeAttention(float(shape["batch_size"]), float(shape["step"] + 1), *layout)
         self.asked += 1
         if self.asked > self.stop_after:
             raise KeyboardInterrupt
-        return Reading(float(self.model.predict(op, H100).time_s), 500.0, 1700.0)  # type: ignore[arg-type]
-
-    def gemm(self, m: int, n: int, k: int, dtype: str) -> Reading | None:
-        return None if dtype == "fp8" else self._read(Gemm(float(m), n, k))
-
-    def prefill(self, length: int, heads: int, kv_heads: int, head_dim: int) -> Reading | None:
-        return self._read(PrefillAttention(float(length), 0.0, heads, kv_heads, head_dim, head_dim))
-
-    def decode(self, batch: int, context: int, heads: int, kv_heads: int, head_dim: int) -> Reading | None:
-        return self._read(DecodeAttention(float(batch), float(context), heads, kv_heads, head_dim, head_dim))
-
-    def copy(self, size_bytes: int) -> Reading | None:
-        return Reading(1.5e-6 + 2 * size_bytes / 3e12, 300.0, 1700.0)
-
-    def collective(self, kind: str, elements: int, devices: int) -> Reading | None:
-        return Reading(8e-6 + 2 * elements * (2 if kind == "all_reduce" else 1) / 400e9, 300.0, 1700.0)
+        guess = self.model.predict(op, H100)
+        return Reading(float(guess.time_s), float(guess.power_w) if sustained else 0.0, 1700.0)
 
 
 def test_a_quick_sweep_has_a_few_hundred_shapes_and_no_shape_twice() -> None:
@@ -62,6 +72,19 @@ def test_a_quick_sweep_has_a_few_hundred_shapes_and_no_shape_twice() -> None:
     assert len(set(quick)) == len(quick)
     whole = {(family, tuple(sorted(shape.items()))) for family, shape in plan_rows()}
     assert len(whole) > 4000
+    assert set(quick) <= whole
+    powered = {(family, tuple(sorted(shape.items()))) for family, shape in plan_rows(power=True)}
+    assert 150 < len(powered) < 450
+    assert powered <= whole
+
+
+def test_whatever_the_time_is_enough_for_spans_all_families_and_sizes() -> None:
+    some = list(plan_rows())[:1000]
+    families = {family for family, _ in some}
+    assert families == {"gemm", "context_attention", "generation_attention", "memory"}
+    sizes = {(shape["n"], shape["k"]) for family, shape in some if family == "gemm"}
+    assert len(sizes) > 100
+    assert [shape for _, shape in plan_rows()][:1000] == [shape for _, shape in some]
 
 
 def test_rows_are_written_as_tables_that_training_reads(tmp_path: Path) -> None:
@@ -72,7 +95,18 @@ def test_rows_are_written_as_tables_that_training_reads(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert len(rows) == counts["gemm"]
     assert {row["gemm_dtype"] for row in rows} == {"bfloat16"}, "a shape that cannot run leaves no row"
-    assert all(float(row["latency"]) > 0 and float(row["power"]) == 500.0 for row in rows)
+    assert all(float(row["latency"]) > 0 for row in rows)
+    assert "power" not in rows[0], "the power of a run this short is not that of the kernel"
+
+
+def test_runs_with_power_are_tables_of_their_own(tmp_path: Path) -> None:
+    profile(tmp_path, Recorded(), quick=True)
+    counts = profile(tmp_path, Recorded(), power=True)
+    (path,) = (tmp_path / "sustained").rglob("gemm_perf.csv")
+    with path.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == counts["gemm"] > 20
+    assert all(72.0 <= float(row["power"]) <= 700.0 for row in rows)
 
 
 def test_copies_and_collectives_become_curves(tmp_path: Path) -> None:
@@ -83,7 +117,7 @@ def test_copies_and_collectives_become_curves(tmp_path: Path) -> None:
     assert {shape["num_gpus"] for family, shape in shapes if family == "nccl"} == {2, 4}
     counts = profile(tmp_path, Recorded(devices=4), shapes=shapes)
     assert profile(tmp_path, Recorded(devices=4), shapes=shapes) == counts
-    assert counts == {"memory": len(COPY_BYTES), "nccl": 2 * len(COLLECTIVES) * len(MESSAGES)}
+    assert counts == {"memory": len(MEMORY_BYTES), "nccl": 2 * len(COLLECTIVES) * len(MESSAGES)}
     assert train_memory(tmp_path, tmp_path) == 1
     ((key, curve),) = json.loads((tmp_path / "elementwise.json").read_text())["curves"].items()
     assert key == "h100-sxm-80gb/vllm/elementwise"
@@ -99,7 +133,7 @@ def test_copies_and_collectives_become_curves(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        profile(tmp_path, Recorded(stop_after=30), quick=True)
+        profile(tmp_path, Recorded(stop_after=60), quick=True)
     (path,) = tmp_path.rglob("gemm_perf.csv")
     text = path.read_text(encoding="utf-8")
     path.write_text(text[:-12], encoding="utf-8")  # the last line cut short, as by a kill
@@ -107,7 +141,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     counts = profile(tmp_path, bench, quick=True)
     fresh = Recorded()
     assert counts == profile(tmp_path / "other", fresh, quick=True)
-    assert bench.asked == fresh.asked - 29
+    assert bench.asked == fresh.asked - 59
     again = Recorded()
     profile(tmp_path, again, quick=True)
     assert again.asked == 0
@@ -115,7 +149,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_a_budget_ends_it_early(tmp_path: Path) -> None:
     now = iter(range(10**6))
-    counts = profile(tmp_path, Recorded(), budget_s=20.0, clock=lambda: float(next(now)))
+    counts = profile(tmp_path, Recorded(), budget_s=40.0, clock=lambda: float(next(now)))
     assert 5 < sum(counts.values()) < 40
 
 
@@ -132,6 +166,33 @@ def test_own_measurements_can_be_trained_on(tmp_path: Path) -> None:
     (card,) = train(tmp_path, tmp_path / "out") or [None]
     # The bench is a closed form itself, with bursts of another fit: little is left to learn.
     assert card is None or card.key == "h100-sxm-80gb/vllm/gemm/bf16"
+
+
+class Counted:
+    """A counter of energy that goes up by 25 J every 50 ms, and a driver's power that says something else."""
+
+    def __init__(self, counter: bool = True) -> None:
+        self.counter, self.start = counter, time.monotonic()
+
+    def energy_j(self) -> float:
+        return 25.0 * int((time.monotonic() - self.start) / 0.05) if self.counter else 0.0
+
+    def power_w(self) -> float:
+        return 123.0
+
+    def clock_mhz(self) -> float:
+        return 1410.0
+
+
+@pytest.mark.parametrize(("counter", "watts"), [(True, 500.0), (False, 123.0)])
+def test_power_is_energy_between_two_steps_of_the_counter(counter: bool, watts: float) -> None:
+    with Watch(Counted(counter)) as watch:
+        time.sleep(0.02)
+        watch.open()
+        time.sleep(0.6)
+        watch.close()
+    assert watch.watts() == pytest.approx(watts, rel=0.08)
+    assert watch.clock_mhz() == 1410.0
 
 
 @pytest.mark.parametrize(
