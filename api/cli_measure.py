@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from api import cli
 
@@ -12,6 +12,70 @@ if TYPE_CHECKING:
     from costmodels.profile import Bench
 
 DONE = 0
+
+
+def add_commands(commands: Any) -> None:
+    """The parsers of `train` and `profile`."""
+    train = commands.add_parser(
+        "train",
+        help="fit predictors from kernel measurements",
+        description="Fit the learned predictors from the kernel tables of aiconfigurator-core (extra "
+        "`train`) or from a folder of such tables, judge each on groups that it never saw, and write them "
+        "with their cards.",
+        epilog="example: planfront train --data tables --out artifacts --only h100-sxm-80gb/vllm",
+    )
+    train.add_argument("--data", metavar="DIR", help="kernel tables (default: the installed package's)")
+    train.add_argument("--out", metavar="DIR", required=True, help="where artifacts and their index go")
+    train.add_argument(
+        "--only", metavar="KEY", action="append", default=[], help="parts of keys to fit; repeatable"
+    )
+    train.add_argument(
+        "--power",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="tables of sustained runs with power readings; repeatable (default: DATA/sustained, if any)",
+    )
+    train.add_argument("--apex", metavar="DIR", help="tables in APEX's format of GEMMs and collectives")
+    train.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the fits (default: 0)")
+    train.add_argument("--workers", metavar="N", type=int, help="processes (default: all cores)")
+
+    profile = commands.add_parser(
+        "profile",
+        help="measure kernels on the GPU of this machine",
+        description="Time GEMM, attention and memory-bound kernels on an NVIDIA or AMD GPU through PyTorch "
+        "(extra `profile`) or vLLM, with power and clocks, into tables that `planfront train` reads. What is "
+        "measured is kept: an interrupted run goes on where it stopped.",
+        epilog="example: planfront profile --out tables --quick",
+    )
+    profile.add_argument("--out", metavar="DIR", required=True, help="where the tables go")
+    profile.add_argument(
+        "--engine",
+        metavar="NAME",
+        default="vllm",
+        choices=cli.ENGINES,
+        help="whose kernels they stand for (default: vllm)",
+    )
+    profile.add_argument(
+        "--device", metavar="NAME", default="", help="the catalog's name, when the driver's is unknown"
+    )
+    profile.add_argument(
+        "--kernels",
+        metavar="K",
+        default="auto",
+        choices=("auto", "torch", "vllm"),
+        help="torch, or vllm: its own kernels, where it is installed (default: those, if --engine is vllm)",
+    )
+    profile.add_argument(
+        "--power",
+        action="store_true",
+        help="runs of a second and more, with the power that they draw, into DIR/sustained",
+    )
+    profile.add_argument("--quick", action="store_true", help="some hundred shapes instead of some thousand")
+    profile.add_argument(
+        "--budget", metavar="S", type=float, default=float("inf"), help="seconds to measure at most"
+    )
+    profile.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def profile(given: argparse.Namespace) -> int:
@@ -63,7 +127,7 @@ def train(given: argparse.Namespace) -> int:
     from costmodels.learned.train import train as fit
 
     data = Path(given.data) if given.data else None
-    power = Path(given.power) if given.power else None
+    power = [Path(folder) for folder in given.power] or None
     cards = fit(
         data, out, only=given.only, seed=given.seed, workers=workers, power_dir=power,
         apex_dir=Path(given.apex) if given.apex else None, progress=print,

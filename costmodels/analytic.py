@@ -7,7 +7,17 @@ import numpy as np
 from costmodels.base import Prediction
 from costmodels.collectives import collective_interval, collective_time
 from costmodels.fitted import Choice, choose, power_headroom, vendor_efficiency
-from costmodels.kernels import Rates, decode_time, gemm_time, moe_time, prefill_time
+from costmodels.kernels import (
+    COMPILED_SCALES,
+    LEAST_LEFT,
+    Rates,
+    compiled_narrowing,
+    decode_time,
+    gemm_time,
+    moe_time,
+    prefill_time,
+    splits_cached,
+)
 from costmodels.ops import (
     Collective,
     DecodeAttention,
@@ -18,7 +28,7 @@ from costmodels.ops import (
     Operator,
     PrefillAttention,
 )
-from costmodels.power import operator_power, sustained_factor
+from costmodels.power import operator_power, served_factor
 from costmodels.roofline import (
     arithmetic,
     array,
@@ -87,7 +97,7 @@ class RooflineModel:
         time = np.where(bound > 0, np.maximum(time, bound), 0.0)
         power = operator_power(op, device, time)
         if self.sustained:
-            slow = sustained_factor(op, device, time)
+            slow = served_factor(op, device, time)
             time = time * slow
         low_s, high_s = np.maximum(time * low, bound), np.maximum(time * high, bound)
         return Prediction(time, power, np.minimum(low_s, time), np.maximum(high_s, time), kind, source)
@@ -118,6 +128,9 @@ class RooflineModel:
                 element_bytes(op.activations),
                 self._rates(op, device, choice),
             )
+            if key == "fp8" and op.batch == 1 and choice.fit.engine in COMPILED_SCALES:
+                spared = compiled_narrowing(choice.fit.values, op.m, op.k, self._rates(op, device, choice))
+                time = np.maximum(time - spared, LEAST_LEFT * time)
             time = np.where(array(op.m) > 0, time, 0.0)
         elif isinstance(op, GroupedGemm):
             key = format_key(device, op.weights, op.activations)
@@ -151,6 +164,7 @@ class RooflineModel:
                 op.window,
                 (op.qk_dim if op.latent else op.qk_dim + op.v_dim) * element_bytes(op.kv),
                 self._rates(op, device, choice, half=True),
+                split=splits_cached(self.engine),
             )
             time = np.where(array(op.query_tokens) > 0, time, 0.0)
         elif isinstance(op, DecodeAttention):

@@ -26,7 +26,7 @@ import numpy as np
 
 from costmodels.base import CostModel, Prediction
 from costmodels.ops import Collective, FloatArray, Operator
-from costmodels.power import demand_shares, sustained_factor
+from costmodels.power import demand_shares, served_factor
 from costmodels.roofline import arithmetic, bytes_moved, flops, peak_flops_per_s
 from hardware.device import Device
 
@@ -108,7 +108,7 @@ class AtClock:
         slowed = np.ones_like(time_s)
         if getattr(self.model, "sustained", True):
             for _ in range(3):  # the factor is a function of the time without it
-                slowed = sustained_factor(op, device, time_s / slowed)
+                slowed = served_factor(op, device, time_s / slowed)
         return np.asarray(1.0 / slowed, dtype=np.float64)
 
 

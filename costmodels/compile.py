@@ -280,7 +280,8 @@ def compile_tables(
     waiting = np.maximum(0.0, floor[:, None] * host.launch_s - mixed_stages - moe.at(moe_at)) * eager
     waiting += host.mixed_launch_s * np.where(eager, floor[:, None], attention_launches[:, None])
     waiting[:, 0] = 0.0
-    host_mixed = m * host.mixed_per_token_s
+    routed = any(term.size == "micro_batch" for term in terms)
+    host_mixed = m * (host.mixed_per_token_s if routed else 0.0)
     mixed_latency, mixed_cycle = _latency_cycle(mixed_stages + waiting, often)
     mixed_latency, mixed_cycle = mixed_latency + host_mixed, mixed_cycle + host_mixed
 

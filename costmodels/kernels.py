@@ -105,6 +105,33 @@ def narrowing_time(c: Coefficients, m: Size, k: Size, rates: Rates) -> FloatArra
     return np.asarray(np.maximum(moved, c.get("row_s", 0.0) * m), dtype=np.float64)
 
 
+#: Cached keys of a prompt: share of the bandwidth at which they come, and the fewest that one SM is dealt.
+_CACHED_MEMORY, _SPLIT_KEYS = 0.9, 256.0
+
+
+#: Engines that compile the quantization of activations into the kernel before; tables of their fp8 GEMMs hold
+#: it as kernels of its own (83 us for 8,192 x 4,096 on H200, where one pass takes 20).
+COMPILED_SCALES = ("vllm",)
+#: Seconds that these take to start (on our own H200 vLLM's rows of up to 64 tokens take 2.6 to 3.6 us more
+#: than its bare GEMMs), and the share of products before which a pass is left: of a layer's four, attention's
+#: output is the one that no compiled kernel writes.
+_QUANTIZE_S, _PASSES = 3e-6, 0.25
+#: Share of a table's GEMM that is left at the least when the scaling of its activations is taken off.
+LEAST_LEFT = 0.25
+
+
+def compiled_narrowing(c: Coefficients, m: Size, k: Size, rates: Rates) -> FloatArray:
+    """Seconds that a table's fp8 GEMM takes for narrowing [m, k] and a compiled model does not.
+
+    The closed form tells them from the GEMM, as they do not hang on its width. Bare GEMMs on our own H100 and
+    H200 (1,606 shapes): 53 and 40 % off as tables have them, 16 and 12 % less this (docs/accuracy.md).
+    """
+    m, k = np.asarray(m, dtype=np.float64), np.asarray(k, dtype=np.float64)
+    one_pass = 3.0 * m * k / rates.bandwidth
+    spared = _QUANTIZE_S + narrowing_time(c, m, k, rates) - _PASSES * one_pass
+    return np.asarray(np.where(m > 0, np.maximum(spared, 0.0), 0.0))
+
+
 def prefill_time(
     c: Coefficients,
     q: Size,
@@ -116,12 +143,18 @@ def prefill_time(
     window: Size,
     kv_bytes: Size,
     rates: Rates,
+    *,
+    split: bool = True,
 ) -> FloatArray:
     """Causal flash attention of `batch` chunks of q new tokens after p cached ones.
 
     dims = qk_dim + v_dim; kv_bytes = bytes of one cached token of one KV head. Thread blocks of
     128 queries of one head, each over the keys it may see in blocks of 128; softmax costs as much
-    as `softmax` more head dimensions would. The longest block bounds a grid that is not full.
+    as `softmax` more head dimensions would. The longest block bounds a grid that is not full; with `split`
+    the cached keys of such a grid are dealt out to idle SMs (FlashAttention 3 and FlashInfer do so).
+
+    Cached tokens were measured on H100 and H200 (vLLM 0.24; docs/accuracy.md): long rows of keys come at
+    `_CACHED_MEMORY` of the bandwidth, where the short ones that coefficients are fitted on reach less.
     """
     block = 128.0
     q, p, batch, heads, kv_heads, dims, window, kv_bytes = np.broadcast_arrays(
@@ -142,14 +175,25 @@ def prefill_time(
     work = 2.0 * batch * heads * pairs * width
     longest = 2.0 * np.minimum(padded, block) * np.minimum(p + padded, reach + block) * width
     rate = rates.peak * c["compute"]
+    cached = np.minimum(p, reach)
+    most = np.maximum(1.0, cached / _SPLIT_KEYS) if split else 1.0
+    splits = np.clip(rates.units / np.maximum(blocks, 1.0), 1.0, most)
+    blocks = blocks * splits
     waves = np.maximum(1.0, np.ceil(blocks / rates.units))
-    compute = np.maximum(work / rate, longest * rates.units / rate)
+    compute = np.maximum(work / rate, longest / splits * rates.units / rate)
     compute = compute * (1.0 + c["tail"] * (waves * rates.units / np.maximum(blocks, 1.0) - 1.0) / waves)
-    keys = np.minimum(p + q, reach + q)
-    moved = batch * (q * heads * dims * 2.0 + keys * kv_heads * kv_bytes)
-    memory = moved / (rates.bandwidth * c["memory"])
+    new = batch * q * (heads * dims * 2.0 + kv_heads * kv_bytes) / c["memory"]
+    old = batch * cached * kv_heads * kv_bytes / max(c["memory"], _CACHED_MEMORY)
+    memory = (new + old) / rates.bandwidth
     time = smooth_max(compute, memory, c["overlap"])
     return np.asarray(c["fixed_s"] + waves * c["wave_s"] + time, dtype=np.float64)
+
+
+def splits_cached(engine: str) -> bool:
+    """Whether an engine's prompt kernels deal the cached keys of a small grid out to idle SMs.
+
+    Measured of vLLM, whose libraries SGLang shares; of TensorRT-LLM nobody did, so it is not assumed."""
+    return engine != "trtllm"
 
 
 def decode_time(

@@ -208,7 +208,9 @@ class HostOverhead:
 
     decode_step_s + n * decode_per_sequence_s for a decode-only step of n sequences (per rank),
     m * mixed_per_token_s + launches * mixed_launch_s + n * decode_per_sequence_s for one with prefill of m
-    tokens: all its launches, or those of attention alone where the rest is captured.
+    tokens: all its launches, or those of attention alone where the rest is captured. The time per token is
+    for models with routed experts alone: all runs that it was fitted on are such, and dense models that we
+    served ourselves show none.
     Without a graph every kernel costs at least `launch_s` (the host launches them in turn), so
     a stage takes max(GPU time, launches * launch_s). `graph_sizes` are the captured decode
     batch sizes, ascending (empty: no graphs); a batch is padded to the next one, and runs

@@ -41,7 +41,7 @@ def card_of(problem: Problem, batch: Batch, form: str, seed: int) -> dict[str, A
         "engine_version": problem.version,
         "data": f"{'own measurements' if problem.own else _SOURCES[problem.source][0]}, "
         f"{problem.engine} {problem.version}".rstrip(),
-        "data_license": "the user's" if problem.own else _SOURCES[problem.source][1],
+        "data_license": problem.license if problem.own else _SOURCES[problem.source][1],
         "data_hash": content_hash(np.ascontiguousarray(problem.raw).tobytes() + problem.seconds.tobytes()),
         "features": FEATURES_VERSION,
         "rows": len(problem.seconds),

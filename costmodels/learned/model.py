@@ -19,7 +19,13 @@ import numpy.typing as npt
 from costmodels import sizes
 from costmodels.analytic import RooflineModel, format_key
 from costmodels.base import Prediction
-from costmodels.kernels import prefill_time
+from costmodels.kernels import (
+    COMPILED_SCALES,
+    LEAST_LEFT,
+    compiled_narrowing,
+    prefill_time,
+    splits_cached,
+)
 from costmodels.learned.curves import learned_collective, learned_memory, scale_time
 from costmodels.learned.shapes import (
     MLA_CACHED,
@@ -36,7 +42,14 @@ from costmodels.learned.shapes import (
     rates_of,
 )
 from costmodels.learned.store import Artifact, find
-from costmodels.learned.watts import learned_power, power_features, speaker
+from costmodels.learned.watts import (
+    by_utilisation,
+    learned_power,
+    power_features,
+    speaker,
+    utilisation,
+    watts_of,
+)
 from costmodels.ops import (
     Collective,
     DecodeAttention,
@@ -47,12 +60,14 @@ from costmodels.ops import (
     Operator,
     PrefillAttention,
 )
-from costmodels.power import operator_power, sustained_factor
+from costmodels.power import operator_power, served_factor, sustained_factor
 from costmodels.roofline import (
     arithmetic,
     array,
+    bytes_moved,
     causal_pairs,
     element_bytes,
+    flops,
     peak_flops_per_s,
     roofline_bound,
 )
@@ -64,15 +79,15 @@ _MOST_OCTAVES = 3.0
 #: The same for a kind of attention (window, KV format, head size) that was never measured: closed forms were
 #: off by half at the most in nine of ten of such rows.
 _UNLIKE = 0.4
-#: A chunk shorter than this is not like any measured prompt when it reads a cached context.
-_SHORT_CHUNK = 64.0
+#: Interval, each way, of a prompt after cached tokens (log units), which tables do not hold: where kernels
+#: split the cached keys, so that nine in ten rows of our own H200 lay inside, and where nobody measured them.
+_CACHED, _CACHED_WHOLE = 0.2, 0.5
 #: Interval, each way, of a correction from a device of the same die, and from another engine's kernel
 #: (log units): the same kernels differ by 2-12 % between twins, prompts of two engines by more.
 _TWIN = 0.12
 _OTHER_ENGINE = 0.25
-#: Interval of a GEMM without the search for its activations' scale, which was measured by itself; and the
-#: share of the whole that is left at the least.
-_STATIC, _LEAST_LEFT = 0.08, 0.25
+#: Interval of a GEMM without the search for its activations' scale, which was measured by itself.
+_STATIC = 0.08
 #: Interval of memory-bound kernels: one kind was measured, and stands for all.
 _ONE_KIND = (0.7, 1.4)
 _ENGINES = ("sglang", "trtllm", "vllm")
@@ -178,27 +193,32 @@ class LearnedModel:
             time, doubt = np.where(bound > 0, np.maximum(static, bound), 0.0), doubt + _STATIC
         power = _power(op, asked, artifact, device, time)
         if self.sustained:
-            time = time * sustained_factor(op, device, time)
+            time = time * served_factor(op, device, time)
         low_s = np.maximum(time * low * np.exp(-doubt), bound)
         high_s = np.maximum(time * high * np.exp(doubt), bound)
         card = artifact.card
         source = (
             f"{card['key']} {artifact.id} on {card['data']}, held-out error {100 * card['mape']:.1f} %"
             + (", partly beyond the measured range" if outside else "")
-            + (", less the search for the activations' scale" if static is not None else "")
+            + (", less the scaling of activations that servers do not do" if static is not None else "")
         )
         return Prediction(time, power, np.minimum(low_s, time), np.maximum(high_s, time), kind, source)
 
     def _static(
         self, op: Operator, device: Device, artifact: Artifact, time: FloatArray
     ) -> FloatArray | None:
-        """Seconds without the search for a tensor's scale, for engines whose checkpoints bring it."""
-        if not isinstance(op, Gemm) or op.batch != 1 or self.engine not in STATIC_SCALES:
+        """Seconds without what tables hold of scaling the activations and servers do not do: the search for a
+        tensor's scale, or quantization by kernels of its own."""
+        if not isinstance(op, Gemm) or op.batch != 1:
             return None
         if not artifact.card["data"].startswith(PUBLISHED):
             return None  # what somebody measured is what they serve
-        search = scale_time(device, self.engine, array(op.m), float(op.k))
-        return None if search is None else np.maximum(time - search, _LEAST_LEFT * time)
+        m, spared = array(op.m), None
+        if self.engine in STATIC_SCALES:
+            spared = scale_time(device, self.engine, m, float(op.k))
+        elif self.engine in COMPILED_SCALES:
+            spared = compiled_narrowing(artifact.choice.fit.values, m, op.k, rates_of(device, "gemm", "fp8"))
+        return None if spared is None else np.maximum(time - spared, LEAST_LEFT * time)
 
     def _artifact(self, asked: _Question, device: Device) -> tuple[Artifact | None, str, float]:
         """(predictor, kind, doubt in log units): this device's, its twin's, or another engine's."""
@@ -250,8 +270,8 @@ class LearnedModel:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Question:
-    """An operator as rows of its family. `context` and `trust` are for prompts with cached tokens before:
-    they were not measured, so the correction is that of a prompt of as much work, as far as it can be."""
+    """An operator as rows of its family. `context` and `trust` are for prompts with cached tokens before.
+    Tables hold none: they get the closed form, and of the correction the less the more is cached."""
 
     family: str
     dtype: str
@@ -312,7 +332,7 @@ def _ask_prefill(op: PrefillAttention) -> _Question | None:
     shape, kv = query.shape, element_bytes(op.kv)
     asked, before = np.maximum(query.reshape(-1), 1.0), context.reshape(-1)
     alike = np.sqrt(asked * asked + 2.0 * asked * before)
-    trust = np.where(before > 0, np.minimum(1.0, asked / _SHORT_CHUNK), 1.0)
+    trust = (asked / (asked + before)) ** 4
     wide = op.qk_dim + op.v_dim
     heads = (float(op.heads), float(op.kv_heads), float(wide), wide * kv)
     if (op.qk_dim, op.v_dim, op.kv_heads) == (MLA_HEAD, MLA_VALUE, op.heads) and not op.window:
@@ -349,10 +369,10 @@ def _times(
         window = asked.raw[:, 5] if asked.family == "prefill" else 0.0
         base = prefill_time(
             artifact.choice.fit.values, asked.query, asked.context, 1.0, heads, kv_heads, wide, window,
-            kv_bytes, rates_of(device, asked.family, asked.dtype),
+            kv_bytes, rates_of(device, asked.family, asked.dtype), split=splits_cached(engine),
         )  # fmt: skip
         residual = residual * asked.trust
-        doubt = np.where(asked.context > 0, 0.1 + 0.3 * (1.0 - asked.trust), 0.0)
+        doubt = np.where(asked.context > 0, _CACHED if splits_cached(engine) else _CACHED_WHOLE, 0.0)
         low, high = low - doubt, high + doubt
     seconds = (base * np.exp(residual)).reshape(asked.shape)
     return (
@@ -373,6 +393,13 @@ def _power(
     found = speaker(device, asked.family, asked.dtype)
     if found is None:
         return closed
+    if by_utilisation(found):
+        # Measured in runs of a second, at the clock that the power limit leaves.
+        longer = (time * sustained_factor(op, device, time)).reshape(-1)
+        amounts = (flops(op), bytes_moved(op))
+        work, moved = (np.broadcast_to(amount, asked.shape).reshape(-1) for amount in amounts)
+        used = utilisation(work, moved, rates_of(device, asked.family, asked.dtype), longer)
+        return watts_of(found.trees, found.card["used"], used, device, asked.dtype).reshape(asked.shape)
     engine = str(found.card["engine"])
     batch = make_batch(asked.family, asked.raw, device, engine, asked.dtype, found.choice)
     seconds = time.reshape(-1)

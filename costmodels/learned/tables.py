@@ -16,6 +16,7 @@ import numpy as np
 
 from costmodels.learned.shapes import MLA_LATENT, columns
 from costmodels.ops import FloatArray
+from costmodels.profile import SUSTAINED
 from hardware import InputError, load_catalog
 
 if TYPE_CHECKING:
@@ -81,6 +82,15 @@ def find_tables(data_dir: Path | None) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise InputError("--data", "aiconfigurator-core is not installed; pip install 'planfront[train]'")
     return Path(next(iter(spec.submodule_search_locations))) / "systems" / "data"
+
+
+def license_of(*folders: Path) -> str:
+    """The licence of a user's own tables: the first line of the file LICENSE beside them, or "the user's"."""
+    for folder in folders:
+        path = (folder.parent if folder.name == SUSTAINED else folder) / "LICENSE"
+        if path.is_file():
+            return path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    return "the user's"
 
 
 def _version(path: Path) -> tuple[int, ...]:

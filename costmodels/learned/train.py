@@ -29,6 +29,7 @@ from costmodels.learned.train_curves import train_collectives, train_memory
 from costmodels.learned.train_few import FEW_ROWS, Few, choose_few, fit_few, mape
 from costmodels.learned.train_power import train_power
 from costmodels.learned.trees import content_hash, pack
+from costmodels.profile import SUSTAINED
 from hardware import InputError
 
 #: A predictor whose groups, each held out, err by more than this times the closed form is left out. More than
@@ -72,6 +73,15 @@ def train_one(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
     return pack(shipped, card, judged.spread), card
 
 
+def _power_folders(given: Path | Sequence[Path] | None, data_dir: Path | None) -> list[Path]:
+    """The folders of sustained runs: those that are named, or what stands beside the tables."""
+    if given is None:
+        beside = data_dir / SUSTAINED if data_dir is not None else None
+        return [beside] if beside is not None and beside.is_dir() else []
+    named = [given] if isinstance(given, Path) else list(given)
+    return [folder / SUSTAINED if (folder / SUSTAINED).is_dir() else find_tables(folder) for folder in named]
+
+
 def train(
     data_dir: Path | None,
     out_dir: Path,
@@ -79,21 +89,25 @@ def train(
     only: Sequence[str] = (),
     seed: int = 0,
     workers: int = 1,
-    power_dir: Path | None = None,
+    power_dir: Path | Sequence[Path] | None = None,
     apex_dir: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[Card]:
     """Fit every predictor that the tables hold and write it to `out_dir`, with an index of cards.
 
     `only`: parts of keys (`h100-sxm-80gb/vllm`, `gemm/fp8`); a key that holds none of them is skipped and
-    keeps the artifact it has. `power_dir`: tables of sustained runs with power. `apex_dir`: tables in APEX's
-    format; with them alone, neither `data_dir` nor the package is needed. Equal data and seed make equal
+    keeps the artifact it has. `power_dir`: tables of sustained runs with power, one folder or more
+    (published ones, or our profiler's: a folder that holds `sustained`); by default those beside `data_dir`'s
+    devices. `apex_dir`: tables in APEX's format; with them alone, neither `data_dir` nor the package is
+    needed, and with sustained runs alone `data_dir` holds no others. Equal data and seed make equal
     files. Raises InputError without tables.
     """
+    powers = _power_folders(power_dir, data_dir)
     try:
         tables: Path | None = find_tables(data_dir)
     except InputError:
-        if data_dir is not None or apex_dir is None:
+        alone = apex_dir is not None if data_dir is None else bool(powers)
+        if not alone:
             raise
         tables = None
     if progress:
@@ -133,13 +147,12 @@ def train(
                 + f"{len(data) / 1e3:.0f} kB"
             )
 
-    powered = power_problems(find_tables(power_dir)) if power_dir is not None else iter(())
     wanted = (
         p
         for p in itertools.chain(
             problems(tables) if tables is not None else (),
             apex_problems(apex_dir) if apex_dir is not None else (),
-            powered,
+            power_problems(powers),
         )
         if not only or any(part in p.key for part in only)
     )

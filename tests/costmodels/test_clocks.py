@@ -78,7 +78,7 @@ def test_a_kernel_that_the_power_limit_slows_is_free_of_a_lock_above_its_clock()
         LearnedModel("vllm", sustained=flag).predict(op, H200).time_s for flag in (True, False)
     )
     slowed = float(sustained[0] / burst[0])
-    assert slowed > 1.05
+    assert slowed > 1.02
     above, below = (
         at(share, H200).predict(op, H200).time_s for share in (1.0 / slowed + 0.01, 1.0 / slowed - 0.1)
     )
