@@ -222,6 +222,7 @@ FITTED = {  # first step of the search, most it may be
     "mixed_per_token_s": (1e-6, 10e-6),
     "mixed_launch_s": (2e-6, 10e-6),
     "mixed_experts_share": (0.4, 2.0),
+    "collective_s": (2e-6, 6e-6),
 }
 
 

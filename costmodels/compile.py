@@ -145,7 +145,7 @@ def _accumulate(
     device: Device,
     largest: int,
     rows: set[Any],
-    overlap_s: float = 0.0,
+    host: HostOverhead,
 ) -> _Sum:
     """The sum of all terms of a size; `kinds` are the stages that stand for all others."""
     sizes = sample_sizes(largest)
@@ -164,12 +164,14 @@ def _accumulate(
         curve = _curve(term, model, device, largest)
         everywhere = np.array(term.stage_counts, dtype=np.float64)
         counts = everywhere[kinds]
-        # Collectives wait for every device: nothing of them hides.
-        hidden = 0.0 if term.category == "communication" else curve.overlapped(overlap_s * term.launches)
-        time_s = curve.time_s - hidden
+        # Collectives wait for every device: nothing of them hides, and the last one comes late.
+        late = np.where((sizes > 0) & (term.category == "communication"), host.collective_s, 0.0)
+        if term.category != "communication":
+            late = late - curve.overlapped(host.overlap_s * term.launches)
+        time_s = curve.time_s + late
         total.stages += counts[:, None] * time_s
-        total.low += counts[:, None] * np.minimum(curve.low_s, time_s)
-        total.high += counts[:, None] * (curve.high_s - hidden)
+        total.low += counts[:, None] * np.minimum(curve.low_s + np.maximum(late, 0.0), time_s)
+        total.high += counts[:, None] * (curve.high_s + late)
         total.launches += counts * term.launches
         often = everywhere.sum()
         total.energy += often * curve.energy_j
@@ -262,10 +264,10 @@ def compile_tables(
     # A device's share of a stage: each of its devices does the same, so totals scale by devices / stages.
     scale = devices_per_worker / pipeline
     kinds, often = _stage_kinds(terms, pipeline)
-    dense = _accumulate(terms, kinds, "tokens", model, device, reach, rows, host.overlap_s)
-    logits = _accumulate(terms, kinds, "logits", model, device, seqs, rows, host.overlap_s)
+    dense = _accumulate(terms, kinds, "tokens", model, device, reach, rows, host)
+    logits = _accumulate(terms, kinds, "logits", model, device, seqs, rows, host)
     moe_reach = attention_data * reach
-    moe = _accumulate(terms, kinds, "micro_batch", model, device, moe_reach, rows, host.overlap_s)
+    moe = _accumulate(terms, kinds, "micro_batch", model, device, moe_reach, rows, host)
     attention_launches = np.zeros(len(kinds))
     for term in terms:
         if term.size in ("prefill", "decode"):

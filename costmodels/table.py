@@ -219,6 +219,8 @@ class HostOverhead:
     `mixed_experts_share`: how much longer routed experts and their exchange take in a step with prompts than
     their kernels alone, as a share: every rank waits for the fullest, and prompts route less evenly than the
     tokens that kernels are measured with.
+    `collective_s`: how much longer a collective takes than measured in a row of its like, where all ranks
+    enter at once: in a step the last one comes late.
     `overlap_s`: how much of each kernel of a step hides behind its neighbours. Kernels are measured
     alone, with their start and drain; in a step the next one is prefetched or fused (programmatic
     dependent launch), but none gets faster than its roofline.
@@ -229,6 +231,7 @@ class HostOverhead:
     mixed_per_token_s: float = 0.0
     mixed_launch_s: float = 0.0
     mixed_experts_share: float = 0.0
+    collective_s: float = 0.0
     launch_s: float = 0.0
     graph_sizes: tuple[int, ...] = ()
     mixed_graph_max_tokens: int = 0

@@ -208,6 +208,7 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
                     "mixed_per_token_s",
                     "mixed_launch_s",
                     "mixed_experts_share",
+                    "collective_s",
                     "launch_s",
                     "mixed_graph_max_tokens",
                     "overlap_s",

@@ -185,6 +185,21 @@ def test_routed_experts_of_steps_with_prompts_wait_for_the_fullest_rank() -> Non
         )
 
 
+def test_the_last_rank_comes_late_to_every_collective() -> None:
+    terms = llama_70b(4, 1)
+    plain, late = build(terms), build(terms, host=HostOverhead(collective_s=2e-6))
+    calls = sum(sum(term.stage_counts) for term in terms if term.category == "communication")
+    assert calls == 160  # two a layer
+    assert late.mixed_latency_s[1:] - plain.mixed_latency_s[1:] == pytest.approx(calls * 2e-6)
+    assert late.decode_latency_s[1:] - plain.decode_latency_s[1:] == pytest.approx(calls * 2e-6)
+    assert late.decode_latency_s[0] == 0.0
+    assert late.energy_j["mixed"][600] == pytest.approx(plain.energy_j["mixed"][600])  # waiting is no work
+    alone = llama_70b(1, 1)
+    assert build(alone, host=HostOverhead(collective_s=2e-6)).mixed_latency_s == pytest.approx(
+        build(alone).mixed_latency_s
+    )
+
+
 def test_pipeline_latency_and_cycle() -> None:
     one, four = build(llama_70b(4, 1)), build(llama_70b(4, 4), pipeline=4, devices_per_worker=16)
     assert four.mixed_latency_s[512] == pytest.approx(one.mixed_latency_s[512])
