@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +83,10 @@ def profile(given: argparse.Namespace) -> int:
     """Measure this machine's GPU into tables."""
     from costmodels.profile import profile as measure
 
+    bench = _bench(given.kernels, given.engine)
     counts = measure(
         Path(given.out),
-        _bench(given.kernels, given.engine),
+        bench,
         engine=given.engine,
         device=given.device,
         quick=given.quick,
@@ -92,6 +94,8 @@ def profile(given: argparse.Namespace) -> int:
         budget_s=given.budget,
         progress=cli._note(given),
     )
+    for family, why in bench.refused.items():
+        print(f"{family}: some shapes could not run, the first by {why}", file=sys.stderr)
     print(", ".join(f"{count} rows of {family}" for family, count in counts.items()), f"in {given.out}")
     return DONE
 

@@ -29,7 +29,12 @@ _LEAST_REPLAYS = 5
 _HEAT_S, _WINDOW_S, _LOOK_S = 0.3, 1.0, 0.004
 #: Of the memory that is free at the start; the most bytes, for operands.
 _POOL_SHARE, _POOL_BYTES = 0.25, 16_000_000_000
-_HEADROOM = 0.9
+#: Bytes of cache where the driver does not say.
+_L2_BYTES = 64_000_000
+#: What says that the device, this PyTorch or this engine has no such kernel, or no memory for it.
+_REFUSALS = (
+    RuntimeError, NotImplementedError, AttributeError, AssertionError, TypeError, ValueError, ImportError,
+)  # fmt: skip
 
 Call = Callable[[int], object]
 
@@ -52,7 +57,9 @@ class Torch:
         self.devices = int(torch.cuda.device_count())
         self.software = "torch-" + str(torch.__version__).split("+")[0]
         self._sensor = _Nvml(index)
-        self._rotated_bytes = 2 * int(torch.cuda.get_device_properties(index).L2_cache_size)
+        self.refused: dict[str, str] = {}
+        cache = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0) or _L2_BYTES
+        self._rotated_bytes = 2 * int(cache)
         free = torch.cuda.mem_get_info(index)[0]
         self._wide = self._filled(int(min(_POOL_BYTES, _POOL_SHARE * free)) // 2)
         self._narrow: Any = None
@@ -68,8 +75,10 @@ class Torch:
                 return None
             call, sets = kernel
             graph, calls = self._captured(call, sets)
-        except (RuntimeError, NotImplementedError, AttributeError):
-            # The device has no such kernel, this PyTorch does not, or there is no memory for it.
+        except _REFUSALS as error:
+            self.refused.setdefault(
+                family, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            )
             with suppress(RuntimeError):
                 torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -91,9 +100,8 @@ class Torch:
         """`torch.nn.functional.linear` in bf16; in fp8 `torch._scaled_mm` of activations already narrowed."""
         torch = self.torch
         if dtype == "bfloat16":
-            (x, *_), (w, *rest) = self._views((m, k), 1), self._views((n, k))
-            weights = [w, *rest]
-            return (lambda i: torch.nn.functional.linear(x, weights[i])), len(weights)
+            x, w = self._views((m, k), 1)[0], self._views((n, k))
+            return (lambda i: torch.nn.functional.linear(x, w[i])), len(w)
         if dtype != "fp8" or n % 16 or k % 16:
             return None
         one, multiply = torch.ones((), device="cuda"), torch._scaled_mm

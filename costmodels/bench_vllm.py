@@ -125,7 +125,10 @@ class Vllm(Torch):
         x: Any = self._views((tokens, _HIDDEN), 1)[0]
         if kind == "rotary":
             positions = torch.arange(tokens, device="cuda") % 4096
-            angles = torch.rand(4096, 128, device="cuda", dtype=torch.bfloat16)
+            # A true rotation, and of a copy: it works in place, thousands of times over.
+            turns = torch.rand(4096, 64, device="cuda") * 6.2832
+            angles = torch.cat([turns.cos(), turns.sin()], dim=1).to(torch.bfloat16)
+            x = x.clone()
             q, k = x[:, : _HIDDEN - 1024], x[:, _HIDDEN - 1024 :]
             return (lambda i: ops.rotary_embedding(positions, q, k, 128, angles, True)), 1
         if kind == "quantize":

@@ -110,11 +110,11 @@ _CACHED_MEMORY, _SPLIT_KEYS = 0.9, 256.0
 
 
 #: Engines that compile the quantization of activations into the kernel before; tables of their fp8 GEMMs hold
-#: it as kernels of its own (83 us for 8,192 x 4,096 on H200, where one pass takes 20).
+#: it as kernels of its own (some 100 us for 8,192 x 4,096 on H100, where one pass takes 30).
 COMPILED_SCALES = ("vllm",)
-#: Seconds that these take to start (on our own H200 vLLM's rows of up to 64 tokens take 2.6 to 3.6 us more
-#: than its bare GEMMs), and the share of products before which a pass is left: of a layer's four, attention's
-#: output is the one that no compiled kernel writes.
+#: Seconds that these take to start (vLLM's rows of up to 64 tokens take 2.4 to 3.6 us more than bare GEMMs on
+#: our own H100 and H200), and the share of products before which a pass is left: of a layer's four,
+#: attention's output is the one that no compiled kernel writes.
 _QUANTIZE_S, _PASSES = 3e-6, 0.25
 #: Share of a table's GEMM that is left at the least when the scaling of its activations is taken off.
 LEAST_LEFT = 0.25
@@ -124,7 +124,7 @@ def compiled_narrowing(c: Coefficients, m: Size, k: Size, rates: Rates) -> Float
     """Seconds that a table's fp8 GEMM takes for narrowing [m, k] and a compiled model does not.
 
     The closed form tells them from the GEMM, as they do not hang on its width. Bare GEMMs on our own H100 and
-    H200 (1,606 shapes): 53 and 40 % off as tables have them, 16 and 12 % less this (docs/accuracy.md).
+    H200 (1,441 shapes): 53 and 32 % off as tables have them, 17 and 11 % less this (docs/accuracy.md).
     """
     m, k = np.asarray(m, dtype=np.float64), np.asarray(k, dtype=np.float64)
     one_pass = 3.0 * m * k / rates.bandwidth

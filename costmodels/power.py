@@ -34,13 +34,13 @@ class PowerFit(NamedTuple):
 
 
 #: By arithmetic. Fitted on log watts, every table and family with one weight. Runs of a second and more of
-#: kernels from 2 us on (own H100 and H200; by family 8 to 10 % for GEMM, 9 to 10 for decode, 5 to 6 for
-#: prompts in bf16; 6 and 11 for fp8): a kernel that keeps nothing busy draws a tenth, not a quarter, of what
-#: a device has above idle.
+#: kernels from 2 us on (own H100 and H200; by family 9 % for GEMM, 10 for decode, 6 for prompts in bf16; 3
+#: for 19 GEMMs in fp8): a kernel that keeps nothing busy draws a tenth, not a quarter, of what a device has
+#: above idle.
 POWER_FITS: Mapping[str, PowerFit] = MappingProxyType(
     {
         "bf16": PowerFit(0.065, 1.60, 0.885, 0.081, "GEMM and attention, own H100 and H200", 1.0, 0.72),
-        "fp8": PowerFit(0.10, 1.52, 0.67, 0.083, "GEMM, own H100 and H200", 0.835, 1.0),
+        "fp8": PowerFit(0.065, 2.15, 0.66, 0.026, "GEMM, own H100", 0.835, 0.71),
         "fp4": PowerFit(0.10, 0.79, 0.28, 0.091, "nvfp4 GEMM, B200; median error 7.5 % (GB200: 31.8 %)"),
     }
 )

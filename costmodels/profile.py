@@ -78,6 +78,7 @@ class Bench(Protocol):
     software: str  # version of what launches the kernels
     source: str  # whose kernels they are
     devices: int  # GPUs that collectives can use
+    refused: dict[str, str]  # family -> why its first shape that failed did
 
     def read(self, family: str, shape: Row, sustained: bool = False) -> Reading | None:
         """One shape of `plan_rows`; None for what the bench cannot run or hold.

@@ -41,9 +41,6 @@ _LEAST_POWER = 250
 #: Of steady runs that a user measured a predictor by utilisation needs no more. By 17 of an H100's prompts it
 #: errs by 8 to 10 % on layouts left out, by an H200's 32 by 7 %: of fewer, another device's speak.
 _LEAST_OWN_POWER = 18
-#: Published rows (and their folder) that are kept beside own ones: eleven thousand that agree with each other
-#: (R2 of 0.92 on groups left out), where own ones are some thirty; on these they err by 10 %.
-_MANY_POWER = {"h200-sxm-141gb/any/power-gemm/bf16": "h200_sxm"}
 #: Families whose power is learned from the utilisation alone.
 _BY_UTILISATION = ("gemm", "prefill", "decode")
 #: Power tables whose neighbours disagree (the GPU was shared or throttled): no use to anyone.
@@ -168,16 +165,14 @@ def power_problems(tables: Path | Sequence[Path]) -> Iterator[Problem]:
     """Rows with power at steady state, as problems with `watts`: a user's own first.
 
     Of published tables those whose windows were long enough, newest version of each engine that measured
-    power, host-disturbed files excepted; none of a key that there are own rows of, but for `_MANY_POWER`.
+    power, host-disturbed files excepted; none of a key that there are own rows of.
     """
     folders = [tables] if isinstance(tables, Path) else list(tables)
     seen = set()
     for name in load_catalog().devices:
         for problem in _own_power([folder / name for folder in folders], name):
-            published = _MANY_POWER.get(problem.key)
-            if published is None or not any((folder / published).is_dir() for folder in folders):
-                seen.add(problem.key)
-                yield problem
+            seen.add(problem.key)
+            yield problem
     for folder in folders:
         yield from (problem for problem in _published_power(folder) if problem.key not in seen)
 

@@ -23,8 +23,8 @@ from costmodels.ops import FloatArray
 from costmodels.power import demand_of, power_fit
 from hardware.device import Device
 
-#: Measured device that speaks for an architecture.
-SPEAKERS = {"hopper": "h200-sxm-141gb", "blackwell": "b200-sxm-180gb"}
+#: Measured devices that speak for an architecture, first to last.
+SPEAKERS = {"hopper": ("h200-sxm-141gb", "h100-sxm-80gb"), "blackwell": ("b200-sxm-180gb",)}
 #: Seconds of a kernel from which its window reached a second, by family (iterations are capped at 3,000).
 STEADY_S = {"gemm": 55e-6, "prefill": 333e-6, "decode": 333e-6, "moe": 333e-6}
 _FADE = 3.0
@@ -79,7 +79,7 @@ def speaker(device: Device, family: str, dtype: str) -> Artifact | None:
     One by utilisation also speaks for other formats of its arithmetic: the shares are relative to its peak.
     """
     kin = _ALIKE.get(dtype, FORMATS[dtype][2] if dtype in FORMATS else dtype)
-    for name in (device.name, device.kernels_like, SPEAKERS.get(device.architecture, "")):
+    for name in (device.name, device.kernels_like, *SPEAKERS.get(device.architecture, ())):
         for kind in dict.fromkeys((dtype, kin)) if name else ():
             found = find(f"{name}/any/{POWER}{family}/{kind}", device, twin=True)
             if found is not None and (kind == dtype or (family == "gemm" and by_utilisation(found))):

@@ -437,15 +437,15 @@ def test_quantization_that_is_compiled_into_the_kernel_before_costs_no_kernel(
 ) -> None:
     m = np.array([0.0, 1, 512, 8192])
     op = Gemm(m, 2048, 4096, "fp8", "fp8")
-    compiled = LearnedModel("vllm", sustained=False).predict(op, H200)
+    compiled = LearnedModel("vllm", sustained=False).predict(op, H100)
     assert "less the scaling" in compiled.source
     monkeypatch.setattr("costmodels.learned.model.COMPILED_SCALES", ())
-    whole = LearnedModel("vllm", sustained=False).predict(op, H200)
+    whole = LearnedModel("vllm", sustained=False).predict(op, H100)
     spared = whole.time_s - compiled.time_s
     assert spared[0] == 0.0
-    # Measured on our own H200: the table's row less the bare GEMM, 3 us at one token, 83 at 8,192 x 4,096.
+    # Measured on our own H100: the table's row less the bare GEMM, 3 us at few tokens, 103 at 8,192 x 4,096.
     assert spared[1] == pytest.approx(3e-6, rel=0.2)
-    assert spared[3] == pytest.approx(83e-6, rel=0.25)
+    assert spared[3] == pytest.approx(103e-6, rel=0.2)
     assert (compiled.time_s[1:] > 0.25 * whole.time_s[1:]).all()
 
 

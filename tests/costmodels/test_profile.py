@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from api.cli import main
 from costmodels import DecodeAttention, Gemm, PrefillAttention, RooflineModel
 from costmodels.bench_torch import Torch, Watch
 from costmodels.profile import (
@@ -33,7 +34,7 @@ class Recorded:
     device, software, source = "NVIDIA H100 80GB HBM3", "torch-2.9.0", "recorded"
 
     def __init__(self, stop_after: int = 10**9, devices: int = 1) -> None:
-        self.devices = devices
+        self.devices, self.refused = devices, {"gemm": "RuntimeError: no such kernel"}
         self.model, self.asked, self.stop_after = RooflineModel("vllm", sustained=False), 0, stop_after
 
     def read(self, family: str, shape: Row, sustained: bool = False) -> Reading | None:
@@ -145,6 +146,16 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again = Recorded()
     profile(tmp_path, again, quick=True)
     assert again.asked == 0
+
+
+def test_the_command_says_what_could_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("api.cli_measure._bench", lambda kernels, engine: Recorded())
+    assert main(["profile", "--out", str(tmp_path), "--quick", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "rows of gemm" in said.out
+    assert "gemm: some shapes could not run, the first by RuntimeError: no such kernel" in said.err
 
 
 def test_a_budget_ends_it_early(tmp_path: Path) -> None:
