@@ -11,7 +11,6 @@ loops, at Poisson rates, and all at once; a run's requests are replayed as they 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from measured_load import BLOCK, metrics_of
+from measured_load import replayed as as_trace
 
 from costmodels import DecodeAttention, Elementwise, Gemm, LearnedModel, PrefillAttention
+from costmodels.learned.tables import DTYPES
 from hardware import load_catalog
 from planner.pipeline import Planner
-
-FORMATS = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8_block"}
-BLOCK = 16
 
 
 def kernels(folder: Path) -> None:
@@ -49,7 +48,7 @@ def kernels_of(folder: Path) -> Iterator[tuple[str, Path, str, Any, Any]]:
         for path in sorted(root.rglob("*_perf.csv")):
             frame = pd.read_csv(path)
             if path.name.startswith("gemm"):
-                parts = [(f"GEMM {FORMATS[name]}", part) for name, part in frame.groupby("gemm_dtype")]
+                parts = [(f"GEMM {DTYPES[name]}", part) for name, part in frame.groupby("gemm_dtype")]
             elif path.name.startswith("memory"):
                 parts = [(f"memory, {name}", part) for name, part in frame.groupby("op_name")]
             elif path.name.startswith("context"):
@@ -88,7 +87,7 @@ def _asked(part: pd.DataFrame, table: str, device: Any, model: LearnedModel) -> 
             op = Elementwise(2.0 * column["size_bytes"][rows])
         elif table.startswith("gemm"):
             n, k, dtype = key
-            op = Gemm(column["m"][rows], int(n), int(k), FORMATS[dtype], FORMATS[dtype])
+            op = Gemm(column["m"][rows], int(n), int(k), DTYPES[dtype], DTYPES[dtype])
         else:
             heads, kv_heads, dim = (int(value) for value in key)
             kind = PrefillAttention if table.startswith("context") else DecodeAttention
@@ -140,7 +139,7 @@ def served(folder: Path) -> None:
 def replayed(planner: Planner, run: Any, own: pd.DataFrame) -> Any:
     """Metrics of the run's plan under the run's requests."""
     with tempfile.TemporaryDirectory() as scratch:
-        if run.concurrency == run.concurrency:  # a closed loop draws its own arrivals
+        if pd.notna(run.concurrency):  # a closed loop draws its own arrivals
             workload: dict[str, Any] = {
                 "synthetic": {
                     "arrivals": {"process": "closed", "concurrency": int(run.concurrency)},
@@ -151,28 +150,15 @@ def replayed(planner: Planner, run: Any, own: pd.DataFrame) -> Any:
                 }
             }
         else:
-            path = Path(scratch) / "trace.jsonl"
-            path.write_text("".join(json.dumps(row) + "\n" for row in _trace(run, own)), encoding="utf-8")
-            workload = {"trace": {"path": str(path)}}
-        answer = planner.evaluate(
+            workload = as_trace(list(_trace(run, own)), scratch)
+        return metrics_of(
+            planner, run.model, (run.engine, run.version), run.device, workload,
             {
-                "model": run.model,
-                "engine": {"name": run.engine, "version": run.version},
-                "cluster": {"pools": [{"name": "main", "device": run.device, "nodes": 1}]},
-                "workload": workload,
+                "parallelism": {"tensor": 1},
+                "quantization": {"weights": run.weights, "activations": run.weights},
+                "prefix_caching": True,
             },
-            {
-                "serving": "aggregated",
-                "replicas": 1,
-                "worker": {
-                    "pool": "main",
-                    "parallelism": {"tensor": 1},
-                    "quantization": {"weights": run.weights, "activations": run.weights},
-                    "prefix_caching": True,
-                },
-            },
-        )
-    return answer["plans"][0]["metrics"]
+        )  # fmt: skip
 
 
 def _lengths(text: Any) -> dict[str, Any]:

@@ -185,30 +185,31 @@ def gemm_problem(
     )
 
 
-def prefill_problem(
-    device: str, arch: str, engine: str, kv: str, part: pd.DataFrame, rates: Rates, src: str
-) -> Problem:
-    part = part[(part["isl"] >= 16) & (part["head_dim"] <= 256)].copy()
+def with_layout(part: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the KV heads that attend, and a window."""
+    part = part.copy()
     part["kv_heads"] = np.where(
         part["num_key_value_heads"] > 0, part["num_key_value_heads"], part["num_heads"]
     )
     if "window_size" not in part:
         part["window_size"] = 0
+    return part
+
+
+def layout_of(x: pd.DataFrame, kv: str) -> tuple[np.ndarray, ...]:
+    """Heads, KV heads, dims of a key and its value, window, and bytes of these, as closed forms take them."""
+    dims = 2 * x["head_dim"].to_numpy()
+    heads, kv_heads, window = (x[name].to_numpy() for name in ("num_heads", "kv_heads", "window_size"))
+    return heads, kv_heads, dims, window, dims * BYTES_PER_ELEMENT[kv]
+
+
+def prefill_problem(
+    device: str, arch: str, engine: str, kv: str, part: pd.DataFrame, rates: Rates, src: str
+) -> Problem:
+    part = with_layout(part[(part["isl"] >= 16) & (part["head_dim"] <= 256)])
 
     def predict(c: dict[str, float], x: pd.DataFrame) -> np.ndarray:
-        dims = 2 * x["head_dim"].to_numpy()
-        return prefill_time(
-            c,
-            x["isl"].to_numpy(),
-            0,
-            x["batch_size"].to_numpy(),
-            x["num_heads"].to_numpy(),
-            x["kv_heads"].to_numpy(),
-            dims,
-            x["window_size"].to_numpy(),
-            dims * BYTES_PER_ELEMENT[kv],
-            rates,
-        )
+        return prefill_time(c, x["isl"].to_numpy(), 0, x["batch_size"].to_numpy(), *layout_of(x, kv), rates)
 
     return Problem(device, arch, engine, "prefill", kv, src, predict, part, heads_group(part))
 
@@ -226,12 +227,7 @@ def heads_group(part: pd.DataFrame) -> np.ndarray:
 def decode_problem(
     device: str, arch: str, engine: str, kv: str, part: pd.DataFrame, rates: Rates, src: str
 ) -> Problem:
-    part = part[(part["head_dim"] <= 256) & (part["batch_size"] <= 1024)].copy()
-    part["kv_heads"] = np.where(
-        part["num_key_value_heads"] > 0, part["num_key_value_heads"], part["num_heads"]
-    )
-    if "window_size" not in part:
-        part["window_size"] = 0
+    part = with_layout(part[(part["head_dim"] <= 256) & (part["batch_size"] <= 1024)])
     seen = part["step"] + part["isl"]
     seen = np.where(part["window_size"] > 0, np.minimum(seen, part["window_size"]), seen)
     cache = part["batch_size"] * seen * part["kv_heads"] * 2 * part["head_dim"] * BYTES_PER_ELEMENT[kv]
@@ -239,18 +235,8 @@ def decode_problem(
     part = part[(part["seconds"] > cache / rates.bandwidth) & (part["num_heads"] <= 32 * part["kv_heads"])]
 
     def predict(c: dict[str, float], x: pd.DataFrame) -> np.ndarray:
-        dims = 2 * x["head_dim"].to_numpy()
-        return decode_time(
-            c,
-            x["batch_size"].to_numpy(),
-            x["step"].to_numpy() + x["isl"].to_numpy(),
-            x["num_heads"].to_numpy(),
-            x["kv_heads"].to_numpy(),
-            dims,
-            x["window_size"].to_numpy(),
-            dims * BYTES_PER_ELEMENT[kv],
-            rates,
-        )
+        context = x["step"].to_numpy() + x["isl"].to_numpy()
+        return decode_time(c, x["batch_size"].to_numpy(), context, *layout_of(x, kv), rates)
 
     return Problem(device, arch, engine, "decode", kv, src, predict, part, heads_group(part))
 

@@ -9,11 +9,11 @@ from costmodels.collectives import collective_interval, collective_time
 from costmodels.fitted import Choice, choose, power_headroom, vendor_efficiency
 from costmodels.kernels import (
     COMPILED_SCALES,
-    LEAST_LEFT,
     Rates,
     compiled_narrowing,
     decode_time,
     gemm_time,
+    less_scaling,
     moe_time,
     prefill_time,
     splits_cached,
@@ -130,7 +130,7 @@ class RooflineModel:
             )
             if key == "fp8" and op.batch == 1 and choice.fit.engine in COMPILED_SCALES:
                 spared = compiled_narrowing(choice.fit.values, op.m, op.k, self._rates(op, device, choice))
-                time = np.maximum(time - spared, LEAST_LEFT * time)
+                time = less_scaling(time, spared)
             time = np.where(array(op.m) > 0, time, 0.0)
         elif isinstance(op, GroupedGemm):
             key = format_key(device, op.weights, op.activations)

@@ -32,9 +32,10 @@ _POOL_SHARE, _POOL_BYTES = 0.25, 16_000_000_000
 #: Bytes of cache where the driver does not say.
 _L2_BYTES = 64_000_000
 #: What says that the device, this PyTorch or this engine has no such kernel, or no memory for it.
-_REFUSALS = (
-    RuntimeError, NotImplementedError, AttributeError, AssertionError, TypeError, ValueError, ImportError,
-)  # fmt: skip
+_REFUSALS = (RuntimeError, AttributeError, AssertionError, TypeError, ValueError, ImportError)
+
+#: Width of the rows that norms are measured on.
+HIDDEN = 4096
 
 Call = Callable[[int], object]
 
@@ -70,7 +71,7 @@ class Torch:
         try:
             if family == "nccl":
                 return self._collective(shape["kind"], shape["message_size"], shape["num_gpus"])
-            kernel = self.kernel(family, shape)
+            kernel = self._kernel(family, shape)
             if kernel is None:
                 return None
             call, sets = kernel
@@ -85,7 +86,7 @@ class Torch:
             return None
         return self._sustained(graph, calls) if sustained else self._burst(graph, calls)
 
-    def kernel(self, family: str, shape: Row) -> tuple[Call, int] | None:
+    def _kernel(self, family: str, shape: Row) -> tuple[Call, int] | None:
         """A call on the i-th set of operands, and how many sets there are; None for what there is not."""
         if family == "gemm":
             return self._gemm(shape["m"], shape["n"], shape["k"], shape["gemm_dtype"])
@@ -137,9 +138,9 @@ class Torch:
         if kind == "copy":
             source, target = self._views((2, size_bytes // 2), 1)[0]
             return (lambda i: target.copy_(source)), 1
-        if kind == "rms_norm" and hasattr(torch.nn.functional, "rms_norm") and size_bytes >= 2 * _HIDDEN:
-            x, w = self._views((size_bytes // (2 * _HIDDEN), _HIDDEN), 1)[0], self._views((_HIDDEN,), 1)[0]
-            return (lambda i: torch.nn.functional.rms_norm(x, (_HIDDEN,), w)), 1
+        if kind == "rms_norm" and hasattr(torch.nn.functional, "rms_norm") and size_bytes >= 2 * HIDDEN:
+            x, w = self._views((size_bytes // (2 * HIDDEN), HIDDEN), 1)[0], self._views((HIDDEN,), 1)[0]
+            return (lambda i: torch.nn.functional.rms_norm(x, (HIDDEN,), w)), 1
         return None
 
     def _collective(self, kind: str, elements: int, devices: int) -> Reading | None:
@@ -151,25 +152,31 @@ class Torch:
             return [torch.zeros(size, device=f"cuda:{i}", dtype=torch.float16) for i in range(devices)]
 
         whole, parts = tensors(part * devices), tensors(part)
-        calls: dict[str, Callable[[], object]] = {
+        kinds: dict[str, Callable[[], object]] = {
             "all_reduce": lambda: nccl.all_reduce(whole),
             "all_gather": lambda: nccl.all_gather(parts, whole),
             "reduce_scatter": lambda: nccl.reduce_scatter(whole, parts),
         }
-        call = calls[kind]
+        call = kinds[kind]
         for _ in range(5):
             call()
         torch.cuda.synchronize(0)
-        times = []
-        for _ in range(7):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+
+        def calls() -> None:
             for _ in range(8):
                 call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / 8)
+
+        times = [self._seconds(calls) / 8 for _ in range(7)]
         return Reading(statistics.median(times), 0.0, self._sensor.clock_mhz())
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        """GPU time of what `work` launches on the current stream."""
+        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
 
     def _filled(self, elements: int) -> Any:
         """Normal random numbers in 16 bits: power hangs on what bits flip."""
@@ -208,12 +215,7 @@ class Torch:
         with torch.cuda.stream(stream):
             for number in range(2):
                 call(number % sets)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call(0)
-            end.record()
-            end.synchronize()
-            once = begin.elapsed_time(end) * 1e-3
+            once = self._seconds(lambda: call(0))
             wanted = max(_CALLS, sets, int(_GRAPH_S / max(once, 1e-6))) if once < 2e-3 else 1
             calls = min(_MOST_CALLS, wanted)
             graph = torch.cuda.CUDAGraph()
@@ -229,26 +231,15 @@ class Torch:
         return graph, calls
 
     def _burst(self, graph: Any, calls: int) -> Reading:
-        torch = self.torch
         times: list[float] = []
         while sum(times) < _REPLAY_S / calls or len(times) < _LEAST_REPLAYS:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3 / calls)
+            times.append(self._seconds(graph.replay) / calls)
         return Reading(statistics.median(times), 0.0, self._sensor.clock_mhz())
 
     def _sustained(self, graph: Any, calls: int) -> Reading:
         torch = self.torch
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
         # Some 20 ms of replays at a time, two of them under way, so that the GPU never waits for the host.
-        chunk = max(1, int(0.02 / max(1e-6, begin.elapsed_time(end) * 1e-3)))
+        chunk = max(1, int(0.02 / max(1e-6, self._seconds(graph.replay))))
         marks: list[Any] = []
         with Watch(self._sensor) as watch:
             start = time.monotonic()
@@ -272,10 +263,6 @@ class Torch:
         spent = marks[first].elapsed_time(marks[-1]) * 1e-3
         seconds = spent / (calls * chunk * (len(marks) - 1 - first))
         return Reading(seconds, watch.watts(), watch.clock_mhz())
-
-
-#: Width of the rows that norms are measured on.
-_HIDDEN = 4096
 
 
 class Sensor(Protocol):

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from costmodels.bench_torch import Call, Torch
+from costmodels.bench_torch import HIDDEN, Call, Torch
 from hardware import InputError
 
 _BLOCK = 16  # tokens of a page of the cache
-_HIDDEN, _GROUP = 4096, 128
+_GROUP = 128
 
 
 class Vllm(Torch):
@@ -26,13 +26,13 @@ class Vllm(Torch):
     source = "vllm"
 
     def __init__(self, index: int = 0) -> None:
-        super().__init__(index)
         try:
             import vllm
             from vllm import _custom_ops
             from vllm.vllm_flash_attn import flash_attn_interface as flash
         except ImportError as error:
             raise InputError("--kernels", f"vLLM cannot be used: {error}") from None
+        super().__init__(index)
         self.ops, self.flash = _custom_ops, flash
         self.software = f"vllm-{vllm.__version__}"
         major = self.torch.cuda.get_device_capability(index)[0]
@@ -111,33 +111,33 @@ class Vllm(Torch):
         """Kernels that move twice `size_bytes`, on the same operands again and again."""
         torch, ops = self.torch, self.ops
         row_bytes = {
-            "rms_norm": 4 * _HIDDEN,
-            "add_rms_norm": 8 * _HIDDEN,
-            "silu_and_mul": 6 * _HIDDEN,
-            "rotary": 4 * _HIDDEN,
-            "quantize": 3 * _HIDDEN,
+            "rms_norm": 4 * HIDDEN,
+            "add_rms_norm": 8 * HIDDEN,
+            "silu_and_mul": 6 * HIDDEN,
+            "rotary": 4 * HIDDEN,
+            "quantize": 3 * HIDDEN,
         }
         if kind not in row_bytes:
             return super()._memory(kind, size_bytes)
         tokens = 2 * size_bytes // row_bytes[kind]
         if tokens < 1:
             return None
-        x: Any = self._views((tokens, _HIDDEN), 1)[0]
+        x: Any = self._views((tokens, HIDDEN), 1)[0]
         if kind == "rotary":
             positions = torch.arange(tokens, device="cuda") % 4096
             # A true rotation, and of a copy: it works in place, thousands of times over.
             turns = torch.rand(4096, 64, device="cuda") * 6.2832
             angles = torch.cat([turns.cos(), turns.sin()], dim=1).to(torch.bfloat16)
             x = x.clone()
-            q, k = x[:, : _HIDDEN - 1024], x[:, _HIDDEN - 1024 :]
+            q, k = x[:, : HIDDEN - 1024], x[:, HIDDEN - 1024 :]
             return (lambda i: ops.rotary_embedding(positions, q, k, 128, angles, True)), 1
         if kind == "quantize":
-            narrow = torch.empty(tokens, _HIDDEN, device="cuda", dtype=torch.float8_e4m3fn)
+            narrow = torch.empty(tokens, HIDDEN, device="cuda", dtype=torch.float8_e4m3fn)
             return (lambda i: ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True, output=narrow)), 1
         if kind == "silu_and_mul":
-            pair, half = self._views((tokens, 2 * _HIDDEN), 1)[0], torch.empty_like(x)
+            pair, half = self._views((tokens, 2 * HIDDEN), 1)[0], torch.empty_like(x)
             return (lambda i: torch.ops._C.silu_and_mul(half, pair)), 1
-        weight = torch.ones(_HIDDEN, device="cuda", dtype=torch.bfloat16)
+        weight = torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
         if kind == "rms_norm":
             out = torch.empty_like(x)
             return (lambda i: ops.rms_norm(out, x, weight, 1e-6)), 1

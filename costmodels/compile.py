@@ -164,10 +164,12 @@ def _accumulate(
         curve = _curve(term, model, device, largest)
         everywhere = np.array(term.stage_counts, dtype=np.float64)
         counts = everywhere[kinds]
-        # Collectives wait for every device: nothing of them hides, and the last one comes late.
-        late = np.where((sizes > 0) & (term.category == "communication"), host.collective_s, 0.0)
-        if term.category != "communication":
-            late = late - curve.overlapped(host.overlap_s * term.launches)
+        late: FloatArray | float
+        if term.category == "communication":
+            # Collectives wait for every device: nothing of them hides, and the last one comes late.
+            late = np.where(sizes > 0, host.collective_s, 0.0)
+        else:
+            late = -curve.overlapped(host.overlap_s * term.launches)
         time_s = curve.time_s + late
         total.stages += counts[:, None] * time_s
         total.low += counts[:, None] * np.minimum(curve.low_s + np.maximum(late, 0.0), time_s)

@@ -117,7 +117,7 @@ COMPILED_SCALES = ("vllm",)
 #: attention's output is the one that no compiled kernel writes.
 _QUANTIZE_S, _PASSES = 3e-6, 0.25
 #: Share of a table's GEMM that is left at the least when the scaling of its activations is taken off.
-LEAST_LEFT = 0.25
+_LEAST_LEFT = 0.25
 
 
 def compiled_narrowing(c: Coefficients, m: Size, k: Size, rates: Rates) -> FloatArray:
@@ -130,6 +130,11 @@ def compiled_narrowing(c: Coefficients, m: Size, k: Size, rates: Rates) -> Float
     one_pass = 3.0 * m * k / rates.bandwidth
     spared = _QUANTIZE_S + narrowing_time(c, m, k, rates) - _PASSES * one_pass
     return np.asarray(np.where(m > 0, np.maximum(spared, 0.0), 0.0))
+
+
+def less_scaling(time_s: FloatArray, spared_s: FloatArray) -> FloatArray:
+    """A table's GEMM without the scaling of its activations that a server does not do."""
+    return np.asarray(np.maximum(time_s - spared_s, _LEAST_LEFT * time_s))
 
 
 def prefill_time(

@@ -195,7 +195,7 @@ def _own_power(roots: Sequence[Path], name: str) -> Iterator[Problem]:
                     if dtype is not None:
                         found.setdefault(dtype, []).append(_watched(table, engine, path.parent.name, rows))
         for dtype, kept in sorted(found.items()):
-            if dtype != "any" and FORMATS[dtype][2] not in device.peak_flops_per_s:
+            if not _computes(device, dtype):
                 continue
             watts = np.concatenate([part.watts for part in kept])
             if len(watts) < _LEAST_OWN_POWER:
@@ -214,6 +214,11 @@ def _own_power(roots: Sequence[Path], name: str) -> Iterator[Problem]:
                 own=True,
                 license=license_of(*(root.parent for root in roots)),
             )
+
+
+def _computes(device: Device, dtype: str) -> bool:
+    """Whether a device has the arithmetic of a format."""
+    return dtype == "any" or FORMATS[dtype][2] in device.peak_flops_per_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -262,7 +267,7 @@ def _published_power(tables: Path) -> Iterator[Problem]:
                         weights = raw[:, 1] * raw[:, 2] * FORMATS[dtype][0]
                         steady &= weights < _UNSTEADY_WEIGHTS[system, engine]
                     device = catalog.device(name)
-                    if dtype != "any" and FORMATS[dtype][2] not in device.peak_flops_per_s:
+                    if not _computes(device, dtype):
                         continue
                     if steady.sum() < _LEAST_POWER:
                         continue

@@ -21,8 +21,8 @@ from costmodels.analytic import RooflineModel, format_key
 from costmodels.base import Prediction
 from costmodels.kernels import (
     COMPILED_SCALES,
-    LEAST_LEFT,
     compiled_narrowing,
+    less_scaling,
     prefill_time,
     splits_cached,
 )
@@ -218,7 +218,7 @@ class LearnedModel:
             spared = scale_time(device, self.engine, m, float(op.k))
         elif self.engine in COMPILED_SCALES:
             spared = compiled_narrowing(artifact.choice.fit.values, m, op.k, rates_of(device, "gemm", "fp8"))
-        return None if spared is None else np.maximum(time - spared, LEAST_LEFT * time)
+        return None if spared is None else less_scaling(time, spared)
 
     def _artifact(self, asked: _Question, device: Device) -> tuple[Artifact | None, str, float]:
         """(predictor, kind, doubt in log units): this device's, its twin's, or another engine's."""

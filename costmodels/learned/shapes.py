@@ -107,6 +107,11 @@ def closed_form(family: str, device: Device, engine: str, dtype: str) -> Choice:
     return choose(device, engine, form, dtype if form in ("gemm", "moe") else "bf16")
 
 
+def arithmetic_of(dtype: str) -> str:
+    """The tensor cores' format of a predictor's; attention of any format computes in 16 bits."""
+    return FORMATS[dtype][2] if dtype in FORMATS else "bf16"
+
+
 def rates_of(device: Device, family: str, dtype: str) -> Rates:
     """The device's own peaks for a family's arithmetic."""
     arithmetic = FORMATS[dtype][2] if family in ("gemm", "moe", "bmm") else "bf16"

@@ -14,9 +14,9 @@ from costmodels.learned.data import Problem
 from costmodels.learned.judging import dealt
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import (
-    FORMATS,
     TIME_CLASSES,
     Matrix,
+    arithmetic_of,
     bound_s,
     closed_form,
     make_batch,
@@ -26,7 +26,7 @@ from costmodels.learned.shapes import (
 from costmodels.learned.store import POWER
 from costmodels.learned.train_few import mape
 from costmodels.learned.trees import Trees, joined, nothing, pack, scaled
-from costmodels.learned.watts import UTILISATION, power_features, utilisation, watts_of
+from costmodels.learned.watts import LEAST_SHARE, UTILISATION, power_features, utilisation, watts_of
 from costmodels.ops import FloatArray
 from costmodels.power import demand_of, power_fit
 
@@ -58,7 +58,7 @@ def train_power(problem: Problem, seed: int) -> tuple[bytes, dict[str, Any]]:
         out = fold == number
         if out.any() and not out.all():
             guess = fit_power(features[~out], share[~out], family, seed).predict(features[out])
-            watts[out] = device.idle_w + np.clip(guess, 0.02, 1.0) * (device.tdp_w - device.idle_w)
+            watts[out] = device.idle_w + np.clip(guess, LEAST_SHARE, 1.0) * (device.tdp_w - device.idle_w)
             trees = boosted(batch.features[~out], ratio[~out], timed, seed)
             seconds[out] = batch.base_s[out] * np.exp(trees.predict(batch.features[out]))
     card = card_of(problem, batch, choice.fit.fitted_on, seed) | {
@@ -138,7 +138,7 @@ def _closed_watts(problem: Problem) -> FloatArray:
     """Watts of `costmodels.power` for rows of a problem."""
     work, moved = work_of(problem.family, problem.raw, problem.dtype)
     rates = rates_of(problem.device, problem.family, problem.dtype)
-    form = power_fit(problem.device, FORMATS[problem.dtype][2] if problem.dtype != "any" else "bf16")
+    form = power_fit(problem.device, arithmetic_of(problem.dtype))
     mfu = np.clip(work / rates.peak / problem.seconds, 0.0, 1.0)
     mbu = np.clip(moved / rates.bandwidth / problem.seconds, 0.0, 1.0)
     device = problem.device

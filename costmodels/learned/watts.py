@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from costmodels.kernels import Rates
-from costmodels.learned.shapes import FORMATS, Batch, Matrix
+from costmodels.learned.shapes import FORMATS, Batch, Matrix, arithmetic_of
 from costmodels.learned.store import POWER, Artifact, find
 from costmodels.learned.trees import Trees
 from costmodels.ops import FloatArray
@@ -31,7 +31,7 @@ _FADE = 3.0
 #: What a card says under `of` when its predictor answers from the utilisation.
 UTILISATION = "utilisation"
 #: Utilisation below which nothing changes, and least share of (TDP - idle) while a kernel runs.
-_LEAST_USED, _LEAST_SHARE = 1e-4, 0.02
+_LEAST_USED, LEAST_SHARE = 1e-4, 0.02
 #: Format whose rows speak for one that was never measured. Kernels that scale by blocks do so in the cores,
 #: and draw as those of 16 bits at equal utilisation (six rows of an H200: 13 %, by fp8's 19 %).
 _ALIKE = {"fp8_block": "bf16", "int8": "fp8"}
@@ -53,12 +53,12 @@ def watts_of(
     microsecond keep less busy than any that a second's run was made of.
     """
     near = np.clip(used, *np.asarray(measured, dtype=np.float32))
-    fit = power_fit(device, FORMATS[dtype][2] if dtype in FORMATS else "bf16")
+    fit = power_fit(device, arithmetic_of(dtype))
     asked, there = (
         np.minimum(1.0, demand_of(fit, *np.exp2(np.minimum(at, 0.0).astype(np.float64)).T))
         for at in (used, near)
     )
-    share = np.clip(np.exp(trees.predict(near)) * asked / there, _LEAST_SHARE, 1.0)
+    share = np.clip(np.exp(trees.predict(near)) * asked / there, LEAST_SHARE, 1.0)
     return np.asarray(device.idle_w + share * max(0.0, device.tdp_w - device.idle_w))
 
 
@@ -96,7 +96,7 @@ def learned_power(
     closed_w: FloatArray,
 ) -> FloatArray:
     """[n] watts: the trees' for kernels long enough, `closed_w` for short ones, a blend between."""
-    share = np.clip(artifact.trees.predict(features), _LEAST_SHARE, 1.0)
+    share = np.clip(artifact.trees.predict(features), LEAST_SHARE, 1.0)
     watts = device.idle_w + share * max(0.0, device.tdp_w - device.idle_w)
     steady = STEADY_S[family]
     weight = np.clip(np.log(np.maximum(seconds, 1e-9) * _FADE / steady) / np.log(_FADE), 0.0, 1.0)

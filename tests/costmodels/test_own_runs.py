@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import own_runs
 import pandas as pd
 import pytest
 
-from benchmarks import own_runs
 from costmodels import Gemm, LearnedModel, PrefillAttention, RooflineModel, roofline_bound
+from costmodels.learned.tables import DTYPES
 from costmodels.power import sustained_factor
 from hardware import load_catalog
 
@@ -25,7 +26,7 @@ def test_no_measured_gemm_beats_the_roofline() -> None:
         device = load_catalog().device(path.parts[-5])
         frame = pd.read_csv(path)
         for (n, k, dtype), part in frame.groupby(["n", "k", "gemm_dtype"]):
-            form = own_runs.FORMATS[dtype]
+            form = DTYPES[dtype]
             bound = roofline_bound(Gemm(part["m"].to_numpy(float), int(n), int(k), form, form), device)
             assert (part["latency"].to_numpy() * 1e-3 > 0.97 * bound).all(), (path, n, k)
 
@@ -66,7 +67,7 @@ def test_a_second_of_one_gemm_is_slower_than_a_burst_as_the_power_limit_has_it()
     both = long.merge(burst, on=["gemm_dtype", "m", "n", "k"], suffixes=("", "_burst"))
     assert len(both) > 50
     device = load_catalog().device("h100-sxm-80gb")
-    form = both["gemm_dtype"].map(own_runs.FORMATS)
+    form = both["gemm_dtype"].map(DTYPES)
     guess = np.array(
         [
             sustained_factor(Gemm(float(row.m), row.n, row.k, dtype, dtype), device, row.latency_burst * 1e-3)
