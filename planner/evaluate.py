@@ -217,6 +217,7 @@ class Evaluator:
             tp_group=self.cluster.group(pool.name, degrees.tensor),
             ep_group=self.cluster.group(pool.name, stage),
             pp_group=self.cluster.group(pool.name, 2, stride=stage) if degrees.pipeline > 1 else None,
+            device_half=half_format(pool.device),
         )
         tokens, sequences = self._sizes(point)
         host = self.engine.host_overhead(

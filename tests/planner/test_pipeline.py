@@ -218,6 +218,22 @@ def test_a_model_that_fits_nowhere_is_infeasible_with_the_reason(planner: Planne
     json.dumps(answer.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize(("device", "weights"), [("t4", "int8"), ("v100-sxm2-32gb", "int4")])
+def test_what_is_not_quantized_runs_in_the_device_s_own_16_bits(
+    planner: Planner, device: str, weights: str
+) -> None:
+    """Devices without bf16: the head and the experts' routers beside 8-bit activations are fp16."""
+    plan = {"worker": {"quantization": {"weights": weights}}}
+    answer = planner.evaluate({**request_of(device=device, devices=1), "plan": plan})
+    assert answer["status"] == "ok", answer
+
+
+def test_a_model_too_large_for_a_device_without_bf16_is_told_what_would_help(planner: Planner) -> None:
+    answer = planner.plan(request_of(device="t4", devices=1))
+    assert answer.status == "infeasible"
+    assert "int8 weights" in [row["words"] for row in answer.to_dict()["changes"]]
+
+
 def test_an_engine_that_does_not_run_on_a_device_is_an_answer(planner: Planner) -> None:
     amd = {"pools": [{"device": "mi300x-192gb", "nodes": 1, "devices_per_node": 4}]}
     found = planner.evaluate(request_of(engine="trtllm", cluster=amd), {"worker": {}})
