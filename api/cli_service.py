@@ -219,12 +219,15 @@ def keys(given: argparse.Namespace) -> int:
         if given.what == "create":
             expires_in_s = None if given.days is None else given.days * 86_400
             text, record = make_key(given.name, given.role, expires_in_s=expires_in_s)
+            first = not store.all_keys()
             store.add_key(record)
             if given.json:
                 print(json.dumps({"id": record.id, "role": record.role, "name": record.name, "key": text}))
             else:
                 print(text)
                 print(f"key {record.id}, role {record.role}; it is not shown again", file=sys.stderr)
+            if first:
+                print("every call to this database's service needs a key from now on", file=sys.stderr)
         elif given.what == "revoke":
             if not store.revoke_key(given.id):
                 raise InputError("ID", f"there is no active key {given.id[:40]!r}")

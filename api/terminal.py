@@ -219,7 +219,13 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
     request, pool = result["request"], _several_pools(result)
     rate = workload.get("rate_rps") or 0.0
     traffic = f"{workload.get('requests', 0):,} requests"
-    traffic += f" at {rate:.2f}/s" if rate else f", {workload.get('concurrency', 0)} at a time"
+    if not rate:
+        traffic += f", {workload.get('concurrency', 0)} at a time"
+    elif workload.get("turns_mean", 1) > 1 and rate * workload["duration_s"] + 1.5 < workload["requests"]:
+        # Follow-ups come after answers: only the beginnings of conversations have a rate of their own.
+        traffic += f" in conversations that begin at {rate:.2f}/s"
+    else:
+        traffic += f" at {rate:.2f}/s"
     lengths = "{:,.0f} in, {:,.0f} out".format(
         workload.get("input_tokens", {}).get("mean", 0), workload.get("output_tokens", {}).get("mean", 0)
     )
@@ -488,7 +494,8 @@ def show_sweep(answer: Mapping[str, Any], out: Console | None = None) -> None:
         tpot = metrics["tpot_s"]["p95"]
         missed = "" if point["status"] == "ok" else "  (misses the SLO)"
         table.add_row(
-            mark, f"{point['value']:g}", plan_words(point["plan"], pool=pool) + missed, str(metrics["devices"]),
+            mark, f"{point['value']:g}",
+            plan_words(point["plan"], pool=pool) + missed, str(metrics["devices"]),
             format_seconds(metrics["e2e_s"]["mean"]), format_seconds(metrics["ttft_s"]["p95"]),
             format_seconds(tpot) if tpot is not None else "-",
             f"{metrics['energy_j_per_output_token']:.3g}", f"{metrics['usd_per_million_output_tokens']:.3g}",

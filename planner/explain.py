@@ -124,8 +124,8 @@ class Robustness:
         if self.regret[least] > 1.0:
             # A share of so narrow a front says nothing but this.
             return (
-                "the plans of the front differ by less than their 90 % intervals, so any of them may turn out "
-                f"best{risk}"
+                "the plans of the front differ by less than their 90 % intervals, so any of them may turn "
+                f"out best{risk}"
             )
         if own <= self.regret[least] + _ROBUST:
             behind = f"at most {100 * own:.0f} % of the front's spread behind"

@@ -43,8 +43,11 @@ def test_every_line_has_its_file_and_a_bad_one_does_not_stop_the_rest(tmp_path: 
         request(2, model="llama-9"),
         request("slow", slo={"tpot_s": {"mean": 1e-6}}),
     ]
-    counts = run_batch(write(tmp_path / "r.jsonl", rows), tmp_path / "out")
+    said: list[str] = []
+    counts = run_batch(write(tmp_path / "r.jsonl", rows), tmp_path / "out", progress=said.append)
     assert (counts.ok, counts.infeasible, counts.errors, counts.kept) == (1, 1, 2, 0)
+    assert said[1].startswith("line 2: error: is not readable JSON")
+    assert said[2].startswith("line 3: error: model: unknown model 'llama-9'")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["000001-a-b-c.json", "000002.json", "000003-2.json", "000004-slow.json", "summary.jsonl"]
     summary = [json.loads(line) for line in (tmp_path / "out" / "summary.jsonl").read_text().splitlines()]

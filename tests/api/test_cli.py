@@ -78,6 +78,12 @@ def test_plans_on_several_pools_say_on_which(save: Save, capsys: Captured) -> No
     assert ", on main" not in capsys.readouterr().out
 
 
+def test_of_conversations_the_beginnings_have_the_rate(save: Save, capsys: Captured) -> None:
+    assert main(["plan", save(small_request(workload=synthetic(turns={"mean": 4}))), "--quiet"]) == DONE
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert re.search(r"50 requests in conversations that begin at \d\.\d\d/s", heading)
+
+
 def test_what_cannot_run_and_what_would_help_stand_apart(save: Save, capsys: Captured) -> None:
     request = small_request(model="llama-3.1-70b", space={})
     assert main(["plan", save(request), "--quiet"]) == DONE

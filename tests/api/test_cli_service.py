@@ -37,6 +37,7 @@ def test_a_key_is_shown_once_and_can_be_revoked(store: Store, capsys: Captured) 
     parts = split_key(out.strip())
     assert parts is not None
     assert "not shown again" in err
+    assert "needs a key from now on" in err, "the first key closes what was open"
     record = store.key(parts[0])
     assert record is not None
     assert record.role == "viewer"
@@ -50,6 +51,8 @@ def test_a_key_is_shown_once_and_can_be_revoked(store: Store, capsys: Captured) 
     capsys.readouterr()
     assert main(["keys", "revoke", parts[0]]) == 2
     assert "no active key" in error_of(capsys)
+    assert main(["keys", "create"]) == 0
+    assert "from now on" not in capsys.readouterr().err
     assert main(["keys", "list"]) == 0
     assert "revoked" in capsys.readouterr().out
 

@@ -241,6 +241,17 @@ def test_an_engine_that_does_not_run_on_a_device_is_an_answer(planner: Planner) 
     assert found["rejected"][0]["reason"] == "TensorRT-LLM runs on NVIDIA devices only, not on mi300x-192gb"
 
 
+def test_trtllm_spreads_attention_by_requests_or_by_heads() -> None:
+    pool = {"pools": [{"device": "h200-sxm-141gb", "nodes": 1, "devices_per_node": 8}]}
+    asked = request_of("deepseek-v3", engine="trtllm", cluster=pool, requests=4)
+    both = {"worker": {"parallelism": {"tensor": 2, "attention_data": 4, "expert": 8}}}
+    found = Planner().evaluate(asked, both)
+    assert found["status"] == "infeasible"
+    assert "attention_data 4 goes with tensor 1" in found["rejected"][0]["reason"]
+    alone = {"worker": {"parallelism": {"tensor": 1, "attention_data": 8, "expert": 8}}}
+    assert Planner().evaluate(asked, alone)["status"] == "ok"
+
+
 def test_a_plan_that_does_not_fit_is_an_answer(planner: Planner) -> None:
     answer = planner.evaluate({**request_of("llama-3.1-70b"), "plan": {"worker": {}}})
     assert answer["status"] == "infeasible"
