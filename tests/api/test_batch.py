@@ -58,6 +58,13 @@ def test_every_line_has_its_file_and_a_bad_one_does_not_stop_the_rest(tmp_path: 
     assert first["recommended"]["plan_id"] == summary[0]["plan_id"]
 
 
+def test_the_exit_code_tells_lines_in_error_from_targets_missed(tmp_path: Path) -> None:
+    bad, slow = request(1, model="llama-9"), request(2, slo={"tpot_s": {"mean": 1e-6}})
+    for name, rows, code in (("a", [bad], 2), ("b", [bad, slow], 3), ("c", [bad, slow, request(3)], 0)):
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        assert main(["batch", str(path), "--out", str(tmp_path / name), "--quiet"]) == code, name
+
+
 def test_resuming_keeps_what_answers_the_same_line(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", [request(1), request(2)])
     out = tmp_path / "out"
