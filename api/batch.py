@@ -67,7 +67,7 @@ def run_batch(
     def take(summary: dict[str, Any]) -> None:
         summaries[summary["line"]] = summary
         if progress:
-            progress(f"line {summary['line']}: {summary['status']}")
+            progress(_words(summary))
 
     def open_lines() -> Iterator[tuple[int, bytes | None, Path]]:
         nonlocal kept
@@ -124,7 +124,7 @@ def run_batch_there(
     def take(summary: dict[str, Any]) -> None:
         summaries[summary["line"]] = summary
         if progress:
-            progress(f"line {summary['line']}: {summary['status']}")
+            progress(_words(summary))
 
     with Client(server, patience_s=_PATIENCE_S) as client:
         files = Files(client, path.resolve().parent)
@@ -172,6 +172,15 @@ def run_batch_there(
         while waiting:
             collect()
     return _finish(out_dir, summaries, counts["kept"])
+
+
+def _words(summary: Mapping[str, Any]) -> str:
+    words = f"line {summary['line']}: {summary['status']}"
+    if summary["status"] == "error":
+        path, message = summary["error"].get("path", ""), summary["error"].get("message", "")
+        place = "" if path.startswith("line ") else f"{path}: " if path else ""
+        words += f": {place}{message}"
+    return words
 
 
 def _batch_id(out_dir: Path) -> str:

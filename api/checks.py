@@ -19,6 +19,7 @@ from hardware import InputError, build_cluster, load_catalog
 from planner import PlanningRequest, parse_plan, parse_request
 from planner.engines import load_profile
 from planner.models import load_model
+from planner.plans import check_limits
 from planner.request import Synthetic
 from planner.workload import load_workload
 from planner.workload.presets import PRESETS
@@ -177,6 +178,11 @@ def find_problems(data: Any, settings: Settings, *, uploads: bool = False) -> Pr
             _collect(lambda: load_workload(request.workload.model_dump(exclude_none=True)))
             if request.workload.trace is None
             else []  # an upload was read when it came
+        ),
+        "space": lambda: (
+            _collect(lambda: check_limits(request.space, [pool.name for pool in request.cluster.pools]))
+            if "cluster" not in broken
+            else []
         ),
         "prices": lambda: [
             pair

@@ -392,7 +392,9 @@ def _batch(given: argparse.Namespace) -> int:
         f"{counts.total} requests: {counts.ok} planned, {counts.infeasible} that no plan meets, "
         f"{counts.errors} with errors{kept}; {out / 'summary.jsonl'}"
     )
-    return NO_PLAN if counts.total and not counts.ok else DONE
+    if counts.ok or not counts.total:
+        return DONE
+    return NO_PLAN if counts.infeasible else BAD_INPUT
 
 
 def _fleet(given: argparse.Namespace) -> int:

@@ -219,12 +219,15 @@ def keys(given: argparse.Namespace) -> int:
         if given.what == "create":
             expires_in_s = None if given.days is None else given.days * 86_400
             text, record = make_key(given.name, given.role, expires_in_s=expires_in_s)
+            first = not store.all_keys()
             store.add_key(record)
             if given.json:
                 print(json.dumps({"id": record.id, "role": record.role, "name": record.name, "key": text}))
             else:
                 print(text)
                 print(f"key {record.id}, role {record.role}; it is not shown again", file=sys.stderr)
+            if first:
+                print("every call to this database's service needs a key from now on", file=sys.stderr)
         elif given.what == "revoke":
             if not store.revoke_key(given.id):
                 raise InputError("ID", f"there is no active key {given.id[:40]!r}")
@@ -413,7 +416,7 @@ class Files:
 
     def __init__(self, client: Client, base: Path) -> None:
         self._client, self._base = client, base
-        self._sent: dict[Path, str] = {}
+        self._sent: dict[tuple[Path, str], str] = {}
 
     def in_request(self, data: Any) -> Any:
         """The request with its files sent: no path is left that the service would have to read."""
@@ -429,7 +432,9 @@ class Files:
         return data if found is None else {**data, "model": found[0], "config": found[1]}
 
     def _with_trace(self, data: Any) -> Any:
+        from api.client import ServiceError
         from api.files import open_file
+        from hardware.errors import InputError
 
         at = data
         for name in ("workload", "trace"):
@@ -440,10 +445,20 @@ class Files:
         if not isinstance(path, str) or not path or path.startswith("upload:"):
             return data
         file = Path(path) if Path(path).is_absolute() else self._base / path
-        if file not in self._sent:
+        # What else `on_bad_row` may hold, the service says of the request.
+        bad_row = "skip" if at.get("on_bad_row") == "skip" else "refuse"
+        sent = self._sent.get((file, bad_row))
+        if sent is None:
             with open_file(file) as source:
-                self._sent[file] = self._client.upload(source.read(), file.name)["path"]
-        return {**data, "workload": {**data["workload"], "trace": {**at, "path": self._sent[file]}}}
+                content = source.read()
+            try:
+                sent = self._client.upload(content, file.name, on_bad_row=bad_row)["path"]
+            except ServiceError as error:
+                if error.status != 422:
+                    raise
+                raise InputError("workload.trace.path", error.message) from error
+            self._sent[file, bad_row] = sent
+        return {**data, "workload": {**data["workload"], "trace": {**at, "path": sent}}}
 
 
 def _followed(client: Client, run: dict[str, Any], *, quiet: bool) -> dict[str, Any]:

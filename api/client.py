@@ -266,10 +266,11 @@ class Client:
         found: list[Json] = self._call("GET", f"/api/v1/catalog/{quote(kind, safe='')}", None, {})
         return found
 
-    def upload(self, content: bytes, name: str = "") -> Json:
+    def upload(self, content: bytes, name: str = "", *, on_bad_row: str = "refuse") -> Json:
         """Send a trace; its `path` in the answer is what a request names."""
         headers = {"Content-Type": "application/octet-stream"}
-        found: Json = self._call("POST", f"/api/v1/uploads?{urlencode({'name': name})}", content, headers)
+        query = urlencode({"name": name, "on_bad_row": on_bad_row})
+        found: Json = self._call("POST", f"/api/v1/uploads?{query}", content, headers)
         return found
 
     # --- the wire ---------------------------------------------------------------------------------

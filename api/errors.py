@@ -86,6 +86,15 @@ def problems_of(error: InputError) -> list[tuple[str, str]]:
     return [(error.path, f"{error.message} ({error.hint})" if error.hint else error.message)]
 
 
+def words_of(item: Mapping[str, Any], *, in_address: bool = False) -> str:
+    """One of pydantic's errors in words. What stands in an address is repeated, what in a body never is:
+    it may be a secret."""
+    from planner.request import sentence
+
+    shown = in_address or item["type"] in ("missing", "extra_forbidden")
+    return sentence(item) if shown else str(item["msg"])
+
+
 def unprocessable(errors: Sequence[tuple[str, str]]) -> ApiError:
     """422 with every problem; the first one is the detail."""
     path, message = errors[0]
@@ -152,8 +161,10 @@ def install(app: FastAPI) -> None:
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        # `input` is left out: a reply never repeats a body.
-        found = [(_dotted(item["loc"][1:]), str(item["msg"])) for item in error.errors()]
+        found = [
+            (_dotted(item["loc"][1:]), words_of(item, in_address=item["loc"][0] == "query"))
+            for item in error.errors()
+        ]
         return respond(request, unprocessable(found or [("", "is not valid")]))
 
     app.add_exception_handler(ApiError, on_api_error)

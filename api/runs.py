@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from api.asked import admit_kind, problems_of_kind
 from api.desk import Desk
-from api.errors import ApiError, problems_of, unprocessable
+from api.errors import ApiError, problems_of, unprocessable, words_of
 from api.keys import Principal
 from api.kinds import PLAN, uploads_of
 from api.lifecycle import ENDS, Status
@@ -576,7 +576,10 @@ def _parsed(model: type[_M], data: Any, where: str) -> _M:
         found = model.model_validate(data)
     except ValidationError as error:
         raise unprocessable(
-            [(".".join([where, *map(str, item["loc"])]).strip("."), item["msg"]) for item in error.errors()]
+            [
+                (".".join([where, *map(str, item["loc"])]).strip("."), words_of(item))
+                for item in error.errors()
+            ]
         ) from None
     for name, value in found.model_dump().items():
         if isinstance(value, str) and "\0" in value:  # PostgreSQL's text holds no NUL

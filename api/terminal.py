@@ -20,7 +20,7 @@ from planner.search.base import Progress
 from planner.search.gap import gap_words
 
 PLOT_COLUMNS, PLOT_ROWS = 64, 14
-MAX_ROWS = 24
+MAX_ROWS, MAX_REASONS = 24, 3
 
 
 def _share(value: float | None, digits: int) -> str:
@@ -77,8 +77,8 @@ class ProgressLine:
 # --- plans in words ------------------------------------------------------------------------------
 
 
-def plan_words(plan: Mapping[str, Any]) -> str:
-    """`2 x TP4 PP2, fp8, KV fp8, 256 seqs / 8192 tokens`."""
+def plan_words(plan: Mapping[str, Any], *, pool: bool = False) -> str:
+    """`2 x TP4 PP2, fp8, KV fp8, 256 seqs / 8192 tokens`; with `pool`, on which machines as well."""
     worker = plan["worker"]
     degrees, formats, batching = worker["parallelism"], worker["quantization"], worker["batching"]
     cut = [f"TP{degrees['tensor']}"]
@@ -93,7 +93,13 @@ def plan_words(plan: Mapping[str, Any]) -> str:
         f"{plan['replicas']} x {' '.join(cut)}, {weights}, KV {formats['kv_cache']}, "
         f"{batching['max_num_seqs']} seqs / {batching['max_num_batched_tokens']} tokens"
         + (f", {clock / 1e6:.0f} MHz" if clock else "")
+        + (f", on {worker['pool']}" if pool else "")
     )
+
+
+def _several_pools(answer: Mapping[str, Any]) -> bool:
+    """Whether the machines differ, so that a plan has to say which of them it takes."""
+    return len(answer["request"]["cluster"]["pools"]) > 1
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
@@ -114,7 +120,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
 _COLUMNS = ("GPUs", "e2e mean", "TTFT p95", "TPOT p95", "tok/s", "J/tok", "memory", "$/Mtok")
 
 
-def _table(entries: Sequence[Mapping[str, Any]], best: str | None) -> Table:
+def _table(entries: Sequence[Mapping[str, Any]], best: str | None, *, pool: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     table.add_column("plan", overflow="fold")
@@ -123,7 +129,10 @@ def _table(entries: Sequence[Mapping[str, Any]], best: str | None) -> Table:
     for entry in entries:
         chosen = entry["id"] == best
         table.add_row(
-            "*" if chosen else "", plan_words(entry["plan"]), *_cells(entry), style="bold" if chosen else ""
+            "*" if chosen else "",
+            plan_words(entry["plan"], pool=pool),
+            *_cells(entry),
+            style="bold" if chosen else "",
         )
     return table
 
@@ -207,10 +216,16 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
     out = out or console()
     by_id = {entry["id"]: entry for entry in result["plans"]}
     search, workload = result["search"], result.get("workload") or {}
-    request = result["request"]
+    request, pool = result["request"], _several_pools(result)
     rate = workload.get("rate_rps") or 0.0
     traffic = f"{workload.get('requests', 0):,} requests"
-    traffic += f" at {rate:.2f}/s" if rate else f", {workload.get('concurrency', 0)} at a time"
+    if not rate:
+        traffic += f", {workload.get('concurrency', 0)} at a time"
+    elif workload.get("turns_mean", 1) > 1 and rate * workload["duration_s"] + 1.5 < workload["requests"]:
+        # Follow-ups come after answers: only the beginnings of conversations have a rate of their own.
+        traffic += f" in conversations that begin at {rate:.2f}/s"
+    else:
+        traffic += f" at {rate:.2f}/s"
     lengths = "{:,.0f} in, {:,.0f} out".format(
         workload.get("input_tokens", {}).get("mean", 0), workload.get("output_tokens", {}).get("mean", 0)
     )
@@ -225,7 +240,7 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
         shown = front[:MAX_ROWS]
         if best and best not in {entry["id"] for entry in shown}:
             shown = [*shown[:-1], by_id[best]]
-        out.print(_table(shown, best))
+        out.print(_table(shown, best, pool=pool))
         if len(front) > len(shown):
             out.print(
                 Text(f"... and {len(front) - len(shown)} more on the front (--json lists all)"), style="dim"
@@ -239,20 +254,20 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
             result["plans"], key=lambda e: max((m["distance"] for m in e["slo_misses"]), default=0.0)
         )
         out.print(Text("No plan meets the SLO. The nearest:"), style="bold")
-        out.print(_table(nearest[:5], None))
+        out.print(_table(nearest[:5], None, pool=pool))
         for entry in nearest[:5]:
             missed = ", ".join(
                 f"{m['metric']} {m['statistic']} is {format_seconds(m['value_s'])}, "
                 f"{100 * m['distance']:.0f} % above {format_seconds(m['bound_s'])}"
                 for m in entry["slo_misses"]
             )
-            out.print(Text(f"  {plan_words(entry['plan'])}: {missed}"))
+            out.print(Text(f"  {plan_words(entry['plan'], pool=pool)}: {missed}"))
     else:
         out.print(Text("No plan can serve this."), style="bold")
     if result["recommended"]:
         out.print()
         chosen = by_id.get(best or "")
-        words = plan_words(chosen["plan"]) if chosen else str(best)
+        words = plan_words(chosen["plan"], pool=pool) if chosen else str(best)
         out.print(Text.assemble(("Recommended", "bold"), f" {words}: {result['recommended']['reason']}."))
     out.print()
     front_words = "the front is certified" if search["certified"] else "the front is not certified"
@@ -267,17 +282,22 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
     gap = search.get("gap") or {}
     if gap.get("open"):
         out.print(Text(gap_words(gap) + ".", style="dim"))
+    reasons: Counter[str] = Counter()
+    for row in result["rejected"]:
+        reasons[row["reason"]] += row.get("plans", 1)
+    common = reasons.most_common(MAX_REASONS)
+    for reason, count in common:
+        out.print(Text(f"  cannot run ({count:,}): {reason}"), style="dim")
+    if len(reasons) > len(common):
+        others = reasons.total() - sum(count for _, count in common)
+        out.print(Text(f"  cannot run ({others:,}): {len(reasons) - len(common)} other reasons"), style="dim")
     if result.get("changes"):
         out.print()
         out.print(Text("What would have to change", style="bold"))
         for row in result["changes"]:
-            words = row.get("label") or (plan_words(row["plan"]) if row.get("plan") else "")
+            plan = row.get("plan") or by_id.get(row.get("plan_id"), {}).get("plan")
+            words = plan_words(plan, pool=pool) if plan else row.get("label", "")
             out.print(Text(f"  {row['words']}: {words}"))
-    reasons: Counter[str] = Counter()
-    for row in result["rejected"]:
-        reasons[row["reason"]] += row.get("plans", 1)
-    for reason, count in reasons.most_common(3):
-        out.print(Text(f"  cannot run ({count:,}): {reason}"), style="dim")
 
 
 def _cluster(request: Mapping[str, Any]) -> str:
@@ -463,7 +483,7 @@ def show_sweep(answer: Mapping[str, Any], out: Console | None = None) -> None:
     names = ("", answer["vary"], "plan", "devices", "e2e mean", "TTFT p95", "TPOT p95", "J/tok", "$/Mtok")
     for name in names:
         table.add_column(name, justify="left" if name in ("", "plan") else "right")
-    last = None
+    last, pool = None, _several_pools(answer)
     for point in answer["points"]:
         mark = "" if last is None or point["plan_id"] == last else ">"
         last = point["plan_id"]
@@ -474,7 +494,8 @@ def show_sweep(answer: Mapping[str, Any], out: Console | None = None) -> None:
         tpot = metrics["tpot_s"]["p95"]
         missed = "" if point["status"] == "ok" else "  (misses the SLO)"
         table.add_row(
-            mark, f"{point['value']:g}", plan_words(point["plan"]) + missed, str(metrics["devices"]),
+            mark, f"{point['value']:g}",
+            plan_words(point["plan"], pool=pool) + missed, str(metrics["devices"]),
             format_seconds(metrics["e2e_s"]["mean"]), format_seconds(metrics["ttft_s"]["p95"]),
             format_seconds(tpot) if tpot is not None else "-",
             f"{metrics['energy_j_per_output_token']:.3g}", f"{metrics['usd_per_million_output_tokens']:.3g}",

@@ -23,7 +23,7 @@ from planner.engines import EngineProfile
 from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
 from planner.objectives import OBJECTIVES, bound_vector
-from planner.plans import PlanPoint, PlanSpace, check_plan, half_format
+from planner.plans import PlanPoint, PlanSpace, check_engine, check_plan, half_format
 from planner.request import Site
 from planner.reuse import Runs
 from planner.simulator import SchedulerConfig, SimulationResult, simulate
@@ -163,8 +163,9 @@ class Evaluator:
         if self._problems[built]:
             return self._problems[built]
         device = self.cluster.pool(point.pool).device
-        if self.engine.engine == "trtllm" and device.vendor != "nvidia":
-            return f"TensorRT-LLM runs on NVIDIA devices only, not on {device.name}"
+        unfit = check_engine(self.engine.engine, device, point.degrees)
+        if unfit:
+            return unfit
         limit = self.spec.max_context_tokens
         if limit and self.longest_sequence_tokens > limit:
             return (
@@ -217,6 +218,7 @@ class Evaluator:
             tp_group=self.cluster.group(pool.name, degrees.tensor),
             ep_group=self.cluster.group(pool.name, stage),
             pp_group=self.cluster.group(pool.name, 2, stride=stage) if degrees.pipeline > 1 else None,
+            device_half=half_format(pool.device),
         )
         tokens, sequences = self._sizes(point)
         host = self.engine.host_overhead(

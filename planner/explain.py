@@ -121,12 +121,19 @@ class Robustness:
             risk = f"; at the slow end of its 90 % interval it misses {', '.join(self.risks[index])}"
         if len(self.regret) == 1:
             return risk.removeprefix("; ")
+        if self.regret[least] > 1.0:
+            # A share of so narrow a front says nothing but this.
+            return (
+                "the plans of the front differ by less than their 90 % intervals, so any of them may turn "
+                f"out best{risk}"
+            )
         if own <= self.regret[least] + _ROBUST:
             behind = f"at most {100 * own:.0f} % of the front's spread behind"
             name = "robust" if own <= _CALM else "no plan is more robust"
             return f"{name}: within the 90 % intervals it is {behind}{risk}"
+        share = f"{100 * own:.0f} % of" if own <= 1.0 else "more than"
         return (
-            f"within the 90 % intervals it may be {100 * own:.0f} % of the front's spread behind, "
+            f"within the 90 % intervals it may be {share} the front's spread behind, "
             f"{labels[least]} at most {100 * self.regret[least]:.0f} %{risk}"
         )
 

@@ -142,6 +142,21 @@ def check_formats(device: Device, weights: str, activations: str, kv_cache: str)
     return supports(device, weights, activations, kv_cache)
 
 
+def check_engine(engine: str, device: Device, degrees: Degrees) -> str | None:
+    """Why the engine cannot run a worker of these degrees on the device at all, or None."""
+    if engine != "trtllm":
+        return None
+    if device.vendor != "nvidia":
+        return f"TensorRT-LLM runs on NVIDIA devices only, not on {device.name}"
+    if degrees.attention_data > 1 and degrees.tensor > 1:
+        # Its `enable_attention_dp` makes every rank of the stage one of data-parallel attention.
+        return (
+            f"TensorRT-LLM spreads attention over all {degrees.stage_devices} devices of a stage by requests "
+            f"or by heads, not both: attention_data {degrees.attention_data} goes with tensor 1"
+        )
+    return None
+
+
 def check_clock(device: Device, clock_hz: float | None) -> str | None:
     """Why the device's cores cannot be planned at this clock, or None."""
     return None if clock_hz is None else clock_problem(device, clock_hz)
@@ -215,7 +230,7 @@ class PlanSpace:
 
     def __init__(self, spec: ModelSpec, cluster: Cluster, engine: EngineProfile, limits: SpaceLimits) -> None:
         self.spec, self.cluster, self.engine, self.limits = spec, cluster, engine, limits
-        _check_limits(limits, cluster)
+        check_limits(limits, [pool.name for pool in cluster.pools])
         self.groups: list[tuple[Layout, tuple[str, str, str]]] = []
         self.excluded: list[Excluded] = []
         self._size = 0
@@ -353,18 +368,18 @@ def _worker(degrees: Degrees) -> int:
     return degrees.tensor * degrees.pipeline * degrees.attention_data
 
 
-def _check_limits(limits: SpaceLimits, cluster: Cluster) -> None:
+def check_limits(limits: SpaceLimits, pools: Sequence[str]) -> None:
+    """Raises InputError for limits that ask for what this version does not plan, or for unknown pools."""
     if limits.serving and "aggregated" not in limits.serving:
         raise InputError("space.serving", "this version plans aggregated serving only")
     if limits.context and set(limits.context) != {1}:
         raise InputError(
             "space.context", "context parallelism is not modelled in this version, leave it at 1"
         )
-    known = [pool.name for pool in cluster.pools]
     for index, name in enumerate(limits.pools or ()):
-        if name not in known:
+        if name not in pools:
             raise InputError(
-                f"space.pools[{index}]", f"no pool is named {name!r}, pools are {', '.join(known)}"
+                f"space.pools[{index}]", f"no pool is named {name!r}, pools are {', '.join(pools)}"
             )
 
 

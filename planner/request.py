@@ -481,13 +481,14 @@ def _model_in(annotation: Any) -> Any:
     return None
 
 
-def _sentence(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+def sentence(error: Mapping[str, Any], model: type[BaseModel] = BaseModel) -> str:
+    """One of pydantic's errors in words; `model` is where the names of its fields are looked up."""
     kind, context, value = error["type"], error.get("ctx", {}), error.get("input")
     if kind == "extra_forbidden":
         name = str(error["loc"][-1])
         near = difflib.get_close_matches(name, _known_fields(model, error["loc"]), 1)
         return f"unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    if kind == "literal_error":
+    if kind in ("literal_error", "enum"):
         text = str(value)
         options = [part.strip("'") for part in str(context["expected"]).replace(" or ", ", ").split(", ")]
         near = difflib.get_close_matches(text, options, 1)
@@ -512,7 +513,7 @@ def input_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
     # A list whose members are wrong is also called too short: its members' problems say it all.
     parents = {item["loc"][:length] for item in items for length in range(len(item["loc"]))}
     problems = [
-        (_path(item["loc"], prefix), _sentence(item, model))
+        (_path(item["loc"], prefix), sentence(item, model))
         for item in items
         if item["type"] != "too_short" or item["loc"] not in parents
     ]

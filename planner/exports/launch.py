@@ -132,7 +132,7 @@ def launch_of(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) 
         "worker_seqs": batching["max_num_seqs"] * degrees["attention_data"],
         "worker_tokens": batching["max_num_batched_tokens"] * degrees["attention_data"],
     }
-    _check_experts(launch, degrees)
+    _check_spread(launch, degrees)
     for option in table["options"]:
         flag = _flag(option, values, version, own, launch)
         if flag is not None:
@@ -145,6 +145,10 @@ def launch_of(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) 
             place: source for place, source in _TRTLLM_SOURCES.items() if _stands(launch.config, place)
         }
     _check_cache(launch, worker["quantization"]["kv_cache"])
+    if len(pools) > 1 and device:
+        launch.notes.append(
+            f"The plan is for pool {pool.get('name', 'main')!r}: run it on its {device.name} only."
+        )
     if worker.get("gpu_clock_hz"):
         mhz = f"{worker['gpu_clock_hz'] / 1e6:.0f}"
         launch.notes.append(
@@ -218,14 +222,20 @@ def _flag(
     return Flag(option["flag"], text, name)
 
 
-def _check_experts(launch: Launch, degrees: Mapping[str, int]) -> None:
-    """Engines spread experts over a whole stage or not at all, where their options say no more."""
+def _check_spread(launch: Launch, degrees: Mapping[str, int]) -> None:
+    """Engines spread experts, or requests, over a whole stage or not at all, where options say no more."""
     stage = degrees["tensor"] * degrees["attention_data"]
     if launch.engine == "vllm" and degrees["expert"] not in (1, stage):
         raise InputError(
             "plan.worker.parallelism.expert",
             f"vLLM spreads experts over all {stage} devices of a stage or over none, not over "
             f"{degrees['expert']}",
+        )
+    if launch.engine == "trtllm" and degrees["attention_data"] > 1 and degrees["tensor"] > 1:
+        raise InputError(
+            "plan.worker.parallelism.attention_data",
+            f"TensorRT-LLM's attention data parallelism takes all {stage} devices of a stage, not "
+            f"{degrees['attention_data']} groups of {degrees['tensor']}",
         )
 
 

@@ -68,10 +68,7 @@ class _Context:
     kv_cache: str
     tp_group: CommGroup
     ep_group: CommGroup
-
-    @property
-    def half(self) -> str:
-        return half(self.activations)
+    half: str
 
     def formats(self, *, expert: bool = False) -> tuple[str, str]:
         """(weights, activations) of a matrix: only experts are quantized in some checkpoints."""
@@ -327,9 +324,11 @@ def layer_operators(
     kv_cache: str,
     tp_group: CommGroup,
     ep_group: CommGroup,
+    device_half: str = "bf16",
 ) -> tuple[LayerOperator, ...]:
-    """The operators of one layer on one device, in order."""
-    c = _Context(spec, degrees, weights, activations, kv_cache, tp_group, ep_group)
+    """The operators of one layer on one device, in order; `device_half` is the device's 16-bit format."""
+    plain = half(activations, device_half)
+    c = _Context(spec, degrees, weights, activations, kv_cache, tp_group, ep_group, plain)
     layer = _Layer()
     norm = 4 * spec.hidden * HALF_BYTES  # reads input and residual, writes both
     per_block = max(1, round(spec.norm_params_per_layer / spec.hidden / 2))
@@ -396,15 +395,19 @@ def step_terms(
     tp_group: CommGroup,
     ep_group: CommGroup,
     pp_group: CommGroup | None,
+    device_half: str = "bf16",
 ) -> tuple[Term, ...]:
-    """Every operator of a step with how often it runs in each stage, for the table compiler."""
+    """Every operator of a step with how often it runs in each stage, for the table compiler.
+
+    `device_half` is the device's 16-bit format: what is not quantized runs in it.
+    """
     stages = degrees.pipeline
     hidden = spec.hidden
     terms: list[Term] = []
     for group, counts in zip(spec.layers, stage_counts(spec, stages), strict=True):
         items = layer_operators(
             spec, group, degrees, weights=weights, activations=activations, kv_cache=kv_cache,
-            tp_group=tp_group, ep_group=ep_group,
+            tp_group=tp_group, ep_group=ep_group, device_half=device_half,
         )  # fmt: skip
         terms += [
             Term(item.name, item.category, item.size, item.operator, counts, item.capped, item.launches)
@@ -428,7 +431,7 @@ def step_terms(
         )
     terms.append(Term("final_norm", "gemm", "tokens", _elementwise(4 * hidden * HALF_BYTES), last))
     wide = ceil(spec.vocab / degrees.tensor)
-    plain = half(activations)
+    plain = half(activations, device_half)
     terms.append(Term("lm_head", "gemm", "logits", lambda m: Gemm(m, wide, hidden, plain, plain), last))
     if degrees.tensor > 1:
         gather = tp_group

@@ -163,9 +163,9 @@ def stored_format(spec: ModelSpec, weights: str) -> str:
     return "fp8_block" if block else "fp8"
 
 
-def half(dtype: str) -> str:
-    """The 16-bit format beside a plan's activations: fp16 stays, everything else means bf16."""
-    return "fp16" if dtype == "fp16" else "bf16"
+def half(dtype: str, device_half: str = "bf16") -> str:
+    """The 16-bit format beside a plan's activations: that of the device, unless they have one themselves."""
+    return dtype if dtype in ("bf16", "fp16") else device_half
 
 
 def matrix_bytes(spec: ModelSpec, weights: str, *, expert: bool) -> float:

@@ -43,8 +43,11 @@ def test_every_line_has_its_file_and_a_bad_one_does_not_stop_the_rest(tmp_path: 
         request(2, model="llama-9"),
         request("slow", slo={"tpot_s": {"mean": 1e-6}}),
     ]
-    counts = run_batch(write(tmp_path / "r.jsonl", rows), tmp_path / "out")
+    said: list[str] = []
+    counts = run_batch(write(tmp_path / "r.jsonl", rows), tmp_path / "out", progress=said.append)
     assert (counts.ok, counts.infeasible, counts.errors, counts.kept) == (1, 1, 2, 0)
+    assert said[1].startswith("line 2: error: is not readable JSON")
+    assert said[2].startswith("line 3: error: model: unknown model 'llama-9'")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["000001-a-b-c.json", "000002.json", "000003-2.json", "000004-slow.json", "summary.jsonl"]
     summary = [json.loads(line) for line in (tmp_path / "out" / "summary.jsonl").read_text().splitlines()]
@@ -53,6 +56,13 @@ def test_every_line_has_its_file_and_a_bad_one_does_not_stop_the_rest(tmp_path: 
     assert summary[2]["error"]["path"] == "model"
     first = json.loads((tmp_path / "out" / "000001-a-b-c.json").read_text())
     assert first["recommended"]["plan_id"] == summary[0]["plan_id"]
+
+
+def test_the_exit_code_tells_lines_in_error_from_targets_missed(tmp_path: Path) -> None:
+    bad, slow = request(1, model="llama-9"), request(2, slo={"tpot_s": {"mean": 1e-6}})
+    for name, rows, code in (("a", [bad], 2), ("b", [bad, slow], 3), ("c", [bad, slow, request(3)], 0)):
+        path = write(tmp_path / f"{name}.jsonl", rows)
+        assert main(["batch", str(path), "--out", str(tmp_path / name), "--quiet"]) == code, name
 
 
 def test_resuming_keeps_what_answers_the_same_line(tmp_path: Path) -> None:

@@ -67,6 +67,37 @@ def test_plan_is_3_when_no_plan_meets_the_slo(save: Save, capsys: Captured) -> N
     assert all(entry["slo_misses"] for entry in result["plans"])
 
 
+def test_plans_on_several_pools_say_on_which(save: Save, capsys: Captured) -> None:
+    pools = [{"name": name, "device": device, "devices_per_node": 1} for name, device in
+             (("big", "h100-sxm-80gb"), ("small", "l4"))]  # fmt: skip
+    assert main(["plan", save(small_request(cluster={"pools": pools})), "--quiet"]) == DONE
+    rows = [line for line in capsys.readouterr().out.splitlines() if " seqs / " in line]
+    assert rows
+    assert all(", on big" in line or ", on small" in line for line in rows)
+    assert main(["plan", save(small_request()), "--quiet"]) == DONE
+    assert ", on main" not in capsys.readouterr().out
+
+
+def test_of_conversations_the_beginnings_have_the_rate(save: Save, capsys: Captured) -> None:
+    assert main(["plan", save(small_request(workload=synthetic(turns={"mean": 4}))), "--quiet"]) == DONE
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert re.search(r"50 requests in conversations that begin at \d\.\d\d/s", heading)
+
+
+def test_what_cannot_run_and_what_would_help_stand_apart(save: Save, capsys: Captured) -> None:
+    request = small_request(model="llama-3.1-70b", space={})
+    assert main(["plan", save(request), "--quiet"]) == DONE
+    lines = capsys.readouterr().out.splitlines()
+    cannot = next(int(line.split(": ")[1].split()[0]) for line in lines if " cannot run, " in line)
+    told = [re.match(r"  cannot run \((\d+)\): ", line) for line in lines]
+    assert sum(int(found[1]) for found in told if found) == cannot, "every plan has its reason"
+    request = small_request(slo={"ttft_s": {"p95": 1e-6}}, cluster={"pools": [{"device": "t4", "nodes": 1}]})
+    request["model"] = "llama-3.1-8b"
+    assert main(["plan", save(request), "--quiet"]) == NO_PLAN
+    out = capsys.readouterr().out
+    assert 0 < out.index("  cannot run (") < out.index("What would have to change")
+
+
 def test_plan_options_override_the_request(save: Save, capsys: Captured) -> None:
     request = small_request(search={"method": "auto", "budget_s": 9, "seed": 4})
     arguments = [

@@ -7,14 +7,17 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from api import cli_service
 from api.cli import main
+from api.cli_service import Files
 from api.client import Client, ServiceError
 from api.keys import fits, split_key
 from api.store import Store, open_store
+from hardware import InputError
 from tests.api.conftest import Captured, error_of
 from tests.api.store_conformance import claimed, new_run
 
@@ -37,6 +40,7 @@ def test_a_key_is_shown_once_and_can_be_revoked(store: Store, capsys: Captured) 
     parts = split_key(out.strip())
     assert parts is not None
     assert "not shown again" in err
+    assert "needs a key from now on" in err, "the first key closes what was open"
     record = store.key(parts[0])
     assert record is not None
     assert record.role == "viewer"
@@ -50,6 +54,8 @@ def test_a_key_is_shown_once_and_can_be_revoked(store: Store, capsys: Captured) 
     capsys.readouterr()
     assert main(["keys", "revoke", parts[0]]) == 2
     assert "no active key" in error_of(capsys)
+    assert main(["keys", "create"]) == 0
+    assert "from now on" not in capsys.readouterr().err
     assert main(["keys", "list"]) == 0
     assert "revoked" in capsys.readouterr().out
 
@@ -143,3 +149,33 @@ def test_every_command_of_the_service_has_a_function() -> None:
 
     for name in SERVICE:
         assert callable(getattr(cli_service, name))
+
+
+# --- files that a request names ----------------------------------------------------------------------
+
+
+class _Receiver:
+    """Takes traces as the service does, and keeps how each was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def upload(self, content: bytes, name: str = "", *, on_bad_row: str = "refuse") -> dict[str, Any]:
+        self.sent.append(on_bad_row)
+        if on_bad_row == "refuse":
+            errors = [{"path": "", "message": "the trace has 1 bad row"}]
+            raise ServiceError(422, {"detail": "the trace has 1 bad row", "errors": errors})
+        return {"path": f"upload:{len(self.sent)}"}
+
+
+def test_a_trace_is_sent_with_what_is_done_about_its_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("anything")
+    receiver = _Receiver()
+    files = Files(cast(Client, receiver), tmp_path)
+    trace = {"path": "t.csv", "on_bad_row": "skip"}
+    for _ in range(2):
+        found = files.in_request({"model": "m", "workload": {"trace": trace}})
+        assert found["workload"]["trace"] == {"path": "upload:1", "on_bad_row": "skip"}
+    assert receiver.sent == ["skip"], "the same file is sent once"
+    with pytest.raises(InputError, match=r"^workload\.trace\.path: the trace has 1 bad row"):
+        files.in_request({"model": "m", "workload": {"trace": {"path": "t.csv"}}})

@@ -95,6 +95,9 @@ def test_the_budget_is_capped_by_the_runs_own_limit(served: tuple[TestClient, St
         (small_request(workload={"trace": {"path": "upload:../../etc/passwd"}}), "workload.trace.path"),
         (small_request(workload={"trace": {"path": f"upload:{NOBODY}"}}), "workload.trace.path"),
         (small_request(workload={"synthetic": {"preset": "no such"}}), "workload.synthetic.preset"),
+        (small_request(space={"serving": ["disaggregated"]}), "space.serving"),
+        (small_request(space={"context": [2]}), "space.context"),
+        (small_request(space={"pools": ["main", "other"]}), "space.pools[1]"),
         (small_request(run={"label": 7}), "run.label"),
         (small_request(run={"label": "a\0b"}), "run.label"),
         (small_request(run={"labels": "x"}), "run.labels"),
@@ -293,20 +296,29 @@ def test_filters(served: tuple[TestClient, Store], done: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    ("query", "path"),
+    ("query", "path", "words"),
     [
-        ("limit=0", "limit"),
-        ("limit=x", "limit"),
-        ("limit=201", "limit"),
-        ("cursor=zz", "cursor"),
-        ("status=gone", "status[0]"),
-        ("created_after=yesterday", "created_after"),
-        ("label=%00", "label"),
+        ("limit=0", "limit", "must be at least 1, not '0'"),
+        ("limit=x", "limit", "'x'"),
+        ("limit=201", "limit", "must be at most 200, not '201'"),
+        ("cursor=zz", "cursor", "no cursor"),
+        ("status=gone", "status[0]", "must be one of queued, running, "),
+        ("created_after=yesterday", "created_after", ""),
+        ("label=%00", "label", ""),
     ],
 )
-def test_queries_that_cannot_be_used(served: tuple[TestClient, Store], query: str, path: str) -> None:
+def test_queries_that_cannot_be_used(
+    served: tuple[TestClient, Store], query: str, path: str, words: str
+) -> None:
     problem = assert_problem(served[0].get(f"{RUNS}?{query}"), 422, "invalid-request")
-    assert path in [row["path"] for row in problem["errors"]]
+    found = {row["path"]: row["message"] for row in problem["errors"]}
+    assert words in found[path]
+
+
+def test_a_field_that_no_run_has_is_named(served: tuple[TestClient, Store], done: dict[str, Any]) -> None:
+    reply = served[0].patch(f"{RUNS}/{done['id']}", json={"labl": "x"})
+    problem = assert_problem(reply, 422, "invalid-request")
+    assert problem["errors"] == [{"path": "labl", "message": "unknown field 'labl'"}]
 
 
 # --- cancelling -----------------------------------------------------------------------------------

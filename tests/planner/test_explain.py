@@ -69,6 +69,20 @@ def test_a_plan_with_a_wide_interval_has_regret() -> None:
     assert robustness(front, wide, objectives, {}).regret[1] > 0.03
 
 
+def test_a_front_narrower_than_its_intervals_is_told_in_words_not_in_shares() -> None:
+    front = [
+        judged({"e2e_s": 1.0, "energy_j_per_output_token": 1.001}),
+        judged({"e2e_s": 1.001, "energy_j_per_output_token": 1.0}, index=1),
+    ]
+    sure = robustness(front, [interval(item, 0.7, 1.4) for item in front], ("latency", "energy"), {})
+    assert min(sure.regret) > 100
+    assert sure.words(0, ["a", "b"]) == (
+        "the plans of the front differ by less than their 90 % intervals, so any of them may turn out best"
+    )
+    wide = replace(sure, regret=(250.0, 0.2))
+    assert "more than the front's spread behind, b at most 20 %" in wide.words(0, ["a", "b"])
+
+
 def test_plans_that_differ_by_less_than_their_own_errors_are_too_close() -> None:
     error = {"tpot": (0.8, 1.25), "ttft": (0.5, 2.0)}
     both = math.hypot(math.log(1.25), math.log(1.25))

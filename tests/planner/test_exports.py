@@ -307,6 +307,17 @@ def test_an_engine_before_its_options_for_nodes_is_refused() -> None:
         export_plan(wide, request("vllm", "0.10.0"), "vllm")
 
 
+def test_of_several_pools_the_plan_s_own_is_noted() -> None:
+    asked = request("vllm")
+    assert not any("pool" in note for note in export_plan(plan(), asked, "kubernetes").notes)
+    other = {"name": "other", "device": "l40s", "nodes": 1, "devices_per_node": 8}
+    asked["cluster"] = {"pools": [other, *asked["cluster"]["pools"]]}
+    notes = export_plan(plan(), asked, "kubernetes").notes
+    assert any(
+        re.match(r"The plan is for pool 'main': run it on its h100-sxm-80gb only", one) for one in notes
+    )
+
+
 def test_rayserve_and_dynamo_parse() -> None:
     serve = yaml.safe_load(export_plan(plan(), request("vllm"), "rayserve").files["serve.yaml"])
     keywords = serve["applications"][0]["args"]["llm_configs"][0]["engine_kwargs"]
@@ -328,6 +339,12 @@ def test_rayserve_and_dynamo_parse() -> None:
         ({}, "vllm", "sglang", r"^--target: the plan was made for vllm"),
         ({}, "sglang", "rayserve", r"^--target: Ray Serve runs vLLM"),
         ({"parallelism": {"expert": 2}}, "vllm", "vllm", r"^plan\.worker\.parallelism\.expert: "),
+        (
+            {"parallelism": {"tensor": 2, "attention_data": 4, "expert": 8}},
+            "trtllm",
+            "trtllm",
+            r"^plan\.worker\.parallelism\.attention_data: .* all 8 devices of a stage, not 4 groups of 2",
+        ),
         ({"parallelism": {"pipeline": 3}}, "vllm", "kubernetes", r"^plan\.worker\.parallelism: .* unevenly"),
         ({"parallelism": {"pipeline": 4}}, "trtllm", "trtllm", r"^plan\.worker\.parallelism: .* not known"),
         ({"parallelism": {"pipeline": 4}}, "vllm", "dynamo", r"^plan\.worker\.parallelism: "),

@@ -218,11 +218,38 @@ def test_a_model_that_fits_nowhere_is_infeasible_with_the_reason(planner: Planne
     json.dumps(answer.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize(("device", "weights"), [("t4", "int8"), ("v100-sxm2-32gb", "int4")])
+def test_what_is_not_quantized_runs_in_the_device_s_own_16_bits(
+    planner: Planner, device: str, weights: str
+) -> None:
+    """Devices without bf16: the head and the experts' routers beside 8-bit activations are fp16."""
+    plan = {"worker": {"quantization": {"weights": weights}}}
+    answer = planner.evaluate({**request_of(device=device, devices=1), "plan": plan})
+    assert answer["status"] == "ok", answer
+
+
+def test_a_model_too_large_for_a_device_without_bf16_is_told_what_would_help(planner: Planner) -> None:
+    answer = planner.plan(request_of(device="t4", devices=1))
+    assert answer.status == "infeasible"
+    assert "int8 weights" in [row["words"] for row in answer.to_dict()["changes"]]
+
+
 def test_an_engine_that_does_not_run_on_a_device_is_an_answer(planner: Planner) -> None:
     amd = {"pools": [{"device": "mi300x-192gb", "nodes": 1, "devices_per_node": 4}]}
     found = planner.evaluate(request_of(engine="trtllm", cluster=amd), {"worker": {}})
     assert found["status"] == "infeasible"
     assert found["rejected"][0]["reason"] == "TensorRT-LLM runs on NVIDIA devices only, not on mi300x-192gb"
+
+
+def test_trtllm_spreads_attention_by_requests_or_by_heads() -> None:
+    pool = {"pools": [{"device": "h200-sxm-141gb", "nodes": 1, "devices_per_node": 8}]}
+    asked = request_of("deepseek-v3", engine="trtllm", cluster=pool, requests=4)
+    both = {"worker": {"parallelism": {"tensor": 2, "attention_data": 4, "expert": 8}}}
+    found = Planner().evaluate(asked, both)
+    assert found["status"] == "infeasible"
+    assert "attention_data 4 goes with tensor 1" in found["rejected"][0]["reason"]
+    alone = {"worker": {"parallelism": {"tensor": 1, "attention_data": 8, "expert": 8}}}
+    assert Planner().evaluate(asked, alone)["status"] == "ok"
 
 
 def test_a_plan_that_does_not_fit_is_an_answer(planner: Planner) -> None:
