@@ -169,7 +169,7 @@ def _serve(
     """A rank's process: does what it is told until the pipe ends."""
     # An interruption at the terminal reaches all processes; the one that measures ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=(folder,), daemon=True).start()
     try:
         worker = _Rank(rank, size, backend, device, folder, patience_s)
         pipe.send((True, None))
@@ -188,10 +188,11 @@ def _serve(
     os._exit(0)  # taking a group down in order would wait for ranks that may be gone
 
 
-def _leave_with_parent() -> None:
+def _leave_with_parent(folder: str) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
 
