@@ -45,8 +45,9 @@ def add_commands(commands: Any) -> None:
         "profile",
         help="measure kernels on the GPU of this machine",
         description="Time GEMM, attention and memory-bound kernels on an NVIDIA or AMD GPU through PyTorch "
-        "(extra `profile`) or vLLM, with power and clocks, into tables that `planfront train` reads. What is "
-        "measured is kept: an interrupted run goes on where it stopped.",
+        "(extra `profile`) or vLLM, with power and clocks, and collectives where there are several, into "
+        "tables that `planfront train` reads. What is measured is kept: an interrupted run goes on where it "
+        "stopped.",
         epilog="example: planfront profile --out tables --quick",
     )
     profile.add_argument("--out", metavar="DIR", required=True, help="where the tables go")

@@ -17,23 +17,28 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any, Protocol
 
-from costmodels.profile import Reading, Row
+from costmodels.bench_group import Group
+from costmodels.bench_timing import (
+    LEAST_REPLAYS,
+    MOST_CALLS,
+    REPLAY_S,
+    calls_in_graph,
+    captured,
+    gpu_seconds,
+    reason,
+)
+from costmodels.profile import GROUPS, Reading, Row
 from hardware import InputError
 
-#: Seconds of replays of a shape, and of one graph, at least; calls in a graph at least and at most.
-_REPLAY_S, _GRAPH_S, _CALLS, _MOST_CALLS = 0.02, 2e-3, 4, 256
-_LEAST_REPLAYS = 5
 #: Seconds of a run with power: before its window, the window, and between two looks at the counter.
 _HEAT_S, _WINDOW_S, _LOOK_S = 0.3, 1.0, 0.004
 #: Of the memory that is free at the start; the most bytes, for operands.
 _POOL_SHARE, _POOL_BYTES = 0.25, 16_000_000_000
 #: Bytes of cache where the driver does not say.
 _L2_BYTES = 64_000_000
-#: What says that the device, this PyTorch or this engine has no such kernel, or no memory for it.
-_REFUSALS = (RuntimeError, AttributeError, AssertionError, TypeError, ValueError, ImportError)
-
 #: Width of the rows that norms are measured on.
 HIDDEN = 4096
 
@@ -55,9 +60,17 @@ class Torch:
         self.torch, self.index = torch, index
         torch.cuda.set_device(index)
         self.device = str(torch.cuda.get_device_name(index))
-        self.devices = int(torch.cuda.device_count())
+        names = [str(torch.cuda.get_device_name(i)) for i in range(int(torch.cuda.device_count()))]
+        # A slower GPU among them would make every collective its own.
+        alike = takewhile(lambda name: name == self.device, names)
+        self.devices = sum(1 for _ in alike)
         self.software = "torch-" + str(torch.__version__).split("+")[0]
-        self._sensor = _Nvml(index)
+        self.communication = ""
+        if self.devices > 1:
+            self.communication = "nccl-" + ".".join(str(part) for part in torch.cuda.nccl.version())
+        self.group = Group(max((count for count in GROUPS if count <= self.devices), default=1))
+        uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
+        self._sensor = _Nvml(index, str(uuid))
         self.refused: dict[str, str] = {}
         cache = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0) or _L2_BYTES
         self._rotated_bytes = 2 * int(cache)
@@ -70,16 +83,17 @@ class Torch:
         torch = self.torch
         try:
             if family == "nccl":
-                return self._collective(shape["kind"], shape["message_size"], shape["num_gpus"])
+                seconds = self.group.read(shape["kind"], shape["message_size"], shape["num_gpus"])
+                return Reading(seconds, 0.0, self._sensor.clock_mhz())
             kernel = self._kernel(family, shape)
             if kernel is None:
                 return None
             call, sets = kernel
             graph, calls = self._captured(call, sets)
-        except _REFUSALS as error:
-            self.refused.setdefault(
-                family, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
-            )
+        except Exception as error:
+            # This device, PyTorch or engine has no such kernel, or no memory for it: each says so by an error
+            # of its own, Triton by one that is no RuntimeError.
+            self.refused.setdefault(family, reason(error))
             with suppress(RuntimeError):
                 torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -92,6 +106,11 @@ class Torch:
             return self._gemm(shape["m"], shape["n"], shape["k"], shape["gemm_dtype"])
         if family == "memory":
             return self._memory(shape["kind"], shape["size_bytes"])
+        if family == "moe":
+            return self._experts(
+                shape["num_tokens"], shape["hidden_size"], shape["inter_size"] // shape["moe_tp_size"],
+                shape["num_experts"], shape["topk"], shape["moe_dtype"], shape["distribution"],
+            )  # fmt: skip
         layout = (shape["num_heads"], shape["num_key_value_heads"], shape["head_dim"])
         if family == "context_attention":
             return self._prefill(shape["batch_size"], shape["isl"], shape["step"], *layout)
@@ -143,40 +162,11 @@ class Torch:
             return (lambda i: torch.nn.functional.rms_norm(x, (HIDDEN,), w)), 1
         return None
 
-    def _collective(self, kind: str, elements: int, devices: int) -> Reading | None:
-        """`torch.cuda.nccl`, from this one process; many calls between two events hide their launches."""
-        torch, nccl = self.torch, self.torch.cuda.nccl
-        part = max(1, elements // devices)
-
-        def tensors(size: int) -> list[Any]:
-            return [torch.zeros(size, device=f"cuda:{i}", dtype=torch.float16) for i in range(devices)]
-
-        whole, parts = tensors(part * devices), tensors(part)
-        kinds: dict[str, Callable[[], object]] = {
-            "all_reduce": lambda: nccl.all_reduce(whole),
-            "all_gather": lambda: nccl.all_gather(parts, whole),
-            "reduce_scatter": lambda: nccl.reduce_scatter(whole, parts),
-        }
-        call = kinds[kind]
-        for _ in range(5):
-            call()
-        torch.cuda.synchronize(0)
-
-        def calls() -> None:
-            for _ in range(8):
-                call()
-
-        times = [self._seconds(calls) / 8 for _ in range(7)]
-        return Reading(statistics.median(times), 0.0, self._sensor.clock_mhz())
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        """GPU time of what `work` launches on the current stream."""
-        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) * 1e-3
+    def _experts(
+        self, tokens: int, hidden: int, width: int, experts: int, chosen: int, dtype: str, distribution: str
+    ) -> tuple[Call, int] | None:
+        """PyTorch has no kernel of routed experts that an engine would run."""
+        return None
 
     def _filled(self, elements: int) -> Any:
         """Normal random numbers in 16 bits: power hangs on what bits flip."""
@@ -204,7 +194,7 @@ class Torch:
             start = pool.numel() - stride
             return [pool[start - start % 256 :][:size].view(shape)]
         bytes_each = stride * pool.element_size()
-        count = min(room, _MOST_CALLS, max(2, -(-self._rotated_bytes // bytes_each)))
+        count = min(room, MOST_CALLS, max(2, -(-self._rotated_bytes // bytes_each)))
         return [pool[number * stride :][:size].view(shape) for number in range(count)]
 
     def _captured(self, call: Call, sets: int) -> tuple[Any, int]:
@@ -215,31 +205,24 @@ class Torch:
         with torch.cuda.stream(stream):
             for number in range(2):
                 call(number % sets)
-            once = self._seconds(lambda: call(0))
-            wanted = max(_CALLS, sets, int(_GRAPH_S / max(once, 1e-6))) if once < 2e-3 else 1
-            calls = min(_MOST_CALLS, wanted)
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            try:
+            calls = calls_in_graph(gpu_seconds(torch, lambda: call(0)), sets)
+
+            def launch() -> None:
                 for number in range(calls):
                     call(number % sets)
-            finally:
-                graph.capture_end()
-        torch.cuda.synchronize()
-        graph.replay()
-        torch.cuda.synchronize()
-        return graph, calls
+
+            return captured(torch, launch), calls
 
     def _burst(self, graph: Any, calls: int) -> Reading:
         times: list[float] = []
-        while sum(times) < _REPLAY_S / calls or len(times) < _LEAST_REPLAYS:
-            times.append(self._seconds(graph.replay) / calls)
+        while sum(times) < REPLAY_S / calls or len(times) < LEAST_REPLAYS:
+            times.append(gpu_seconds(self.torch, graph.replay) / calls)
         return Reading(statistics.median(times), 0.0, self._sensor.clock_mhz())
 
     def _sustained(self, graph: Any, calls: int) -> Reading:
         torch = self.torch
         # Some 20 ms of replays at a time, two of them under way, so that the GPU never waits for the host.
-        chunk = max(1, int(0.02 / max(1e-6, self._seconds(graph.replay))))
+        chunk = max(1, int(0.02 / max(1e-6, gpu_seconds(torch, graph.replay))))
         marks: list[Any] = []
         with Watch(self._sensor) as watch:
             start = time.monotonic()
@@ -284,13 +267,19 @@ class Sensor(Protocol):
 class _Nvml:
     """Power, energy and clock of one GPU by NVML; zeros where it is not there (AMD, some containers)."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, uuid: str = "") -> None:
         self.handle: Any = None
         with suppress(Exception):
             import pynvml
 
             pynvml.nvmlInit()
-            self.nvml, self.handle = pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)
+            # NVML counts all GPUs, PyTorch those that CUDA_VISIBLE_DEVICES leaves.
+            self.handle = (
+                pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+                if uuid
+                else pynvml.nvmlDeviceGetHandleByIndex(index)
+            )
+            self.nvml = pynvml
 
     def clock_mhz(self) -> float:
         """SM clock now."""

@@ -4,7 +4,8 @@ GEMM: PyTorch's in 16 bits, vLLM's CUTLASS kernel in fp8 (scales by token and by
 blocks of 128 by 128; activations are narrowed beforehand, as compiled models do that inside the norm before.
 Attention: FlashAttention over paged caches with the write of the new tokens, the plan of work made beforehand
 as in a served step, and prompts after cached tokens. Memory-bound kernels: norms, the gated activation, the
-rotary embedding and the quantization of activations.
+rotary embedding and the quantization of activations. Routed experts: both products by Triton, with the
+sorting of tokens before, the activation between and the sum after them.
 
 Written against vLLM 0.24; a kernel that another version lacks is not measured.
 """
@@ -13,11 +14,44 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from costmodels.bench_torch import HIDDEN, Call, Torch
+from costmodels.profile import BALANCED
 from hardware import InputError
 
 _BLOCK = 16  # tokens of a page of the cache
 _GROUP = 128
+#: Exponent of the law that routed tokens follow, as in the published tables' name of it.
+_SKEW = 1.01
+
+
+def routing(tokens: int, experts: int, chosen: int, distribution: str) -> npt.NDArray[np.int32]:
+    """[tokens, chosen] experts of each token, none twice; the same for the same numbers.
+
+    Balanced: each expert as often as any other. Skewed: popularities drawn from a power law between one token
+    and four fifths of all, as the published tables were measured.
+    """
+    draw, pairs = np.random.default_rng([tokens, experts, chosen]), tokens * chosen
+    if distribution == BALANCED:
+        loads = np.bincount(np.arange(pairs) % experts, minlength=experts)
+    else:
+        low, high = (1.0, 0.8 * tokens) if pairs > experts else (0.01, 2.0)
+        power = 1.0 - _SKEW
+        popular = (low**power + (high**power - low**power) * draw.random(experts)) ** (1.0 / power)
+        loads = np.zeros(experts, dtype=np.int64)
+        while (left := pairs - int(loads.sum())) > 0:
+            # What an expert cannot take, as it has every token already, goes to the others.
+            wanted = np.where(loads < tokens, popular, 0.0)
+            more = np.floor(wanted / wanted.sum() * left).astype(np.int64)
+            if not more.any():
+                more[np.argsort(-wanted, kind="stable")[: min(left, int((wanted > 0).sum()))]] = 1
+            loads = np.minimum(loads + more, tokens)
+    order = np.argsort(-loads, kind="stable")
+    # One expert's tokens follow each other and are no more than there are tokens: no column repeats in a row.
+    flat = np.repeat(draw.permutation(experts)[order], loads[order])
+    return np.ascontiguousarray(flat.reshape(chosen, tokens).T.astype(np.int32))
 
 
 class Vllm(Torch):
@@ -143,3 +177,33 @@ class Vllm(Torch):
             return (lambda i: ops.rms_norm(out, x, weight, 1e-6)), 1
         added, residual = x.clone(), torch.zeros_like(x)
         return (lambda i: ops.fused_add_rms_norm(added, residual, weight, 1e-6)), 1
+
+    def _experts(
+        self, tokens: int, hidden: int, width: int, experts: int, chosen: int, dtype: str, distribution: str
+    ) -> tuple[Call, int] | None:
+        torch = self.torch
+        capability, narrow = torch.cuda.get_device_capability(self.index), dtype == "fp8_block"
+        if torch.version.hip or capability >= (10, 0):
+            raise RuntimeError("on this GPU vLLM serves routed experts by other kernels than Triton's")
+        if narrow and capability < (8, 9):
+            raise RuntimeError("this GPU has no arithmetic in fp8")
+        from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+        from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
+
+        x = self._views((tokens, hidden), 1)[0]
+        # Both matrices from one view: of two, one would find the other's part of the buffer in the cache.
+        first = experts * 2 * width * hidden
+        both = self._views((experts * 3 * width * hidden,), narrow=narrow)
+        gates = [view[:first].view(experts, 2 * width, hidden) for view in both]
+        downs = [view[first:].view(experts, hidden, width) for view in both]
+        ids = torch.from_numpy(routing(tokens, experts, chosen, distribution)).to("cuda")
+        shares = torch.full((tokens, chosen), 1.0 / chosen, device="cuda", dtype=torch.float32)
+        scaling = None
+        if narrow:
+            wide, high = hidden // _GROUP, width // _GROUP
+            scaling = fp8_w8a8_moe_quant_config(
+                w1_scale=torch.full((experts, 2 * high, wide), 0.01, device="cuda"),
+                w2_scale=torch.full((experts, wide, high), 0.01, device="cuda"),
+                block_shape=[_GROUP, _GROUP],
+            )
+        return (lambda i: fused_experts(x, gates[i], downs[i], shares, ids, quant_config=scaling)), len(both)

@@ -53,9 +53,27 @@ DECODE_CONTEXTS = (64, 256, 1024, 4096, 16384, 65536)
 MEMORY = ("copy", "rms_norm", "add_rms_norm", "silu_and_mul", "rotary", "quantize")
 MEMORY_BYTES = tuple(1 << power for power in range(10, 31))
 MESSAGES = tuple(1 << power for power in range(8, 29))
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
-#: Shapes of a quick run, and of one with power, by family (those that are compiled not among them).
-_QUICK = {"gemm": 200, "context_attention": 40, "generation_attention": 60, "memory": 40}
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "point_to_point")
+#: Routed experts of served models: hidden size, width, experts of a token, experts, and over how many
+#: devices each expert's matrices are cut.
+EXPERTS = (
+    (2048, 768, 8, 128, (1, 2)),
+    (4096, 14336, 2, 8, (1, 2, 4, 8)),
+    (4096, 1536, 8, 128, (1, 2, 4)),
+    (4096, 1408, 8, 128, (1,)),
+    (6144, 16384, 2, 8, (2, 4, 8)),
+    (7168, 2048, 8, 256, (4, 8)),
+    (2048, 512, 10, 512, (1, 2)),
+    (5120, 8192, 1, 16, (1, 2, 4, 8)),
+)
+EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+#: Routing: as served models do it, some experts ten times as often as others, and evenly.
+SKEWED, BALANCED = "power_law_1.01", "balanced"
+#: Devices that take part in a collective; a pair is a pair, however many there are.
+GROUPS = (2, 4, 8)
+#: Shapes of a quick run, and of one with power, by family (those that are compiled not among them, which
+#: experts are too).
+_QUICK = {"gemm": 200, "context_attention": 40, "generation_attention": 60, "memory": 40, "moe": 0}
 _POWERED = {"gemm": 120, "context_attention": 30, "generation_attention": 50, "memory": 10}
 
 
@@ -78,6 +96,7 @@ class Bench(Protocol):
     software: str  # version of what launches the kernels
     source: str  # whose kernels they are
     devices: int  # GPUs that collectives can use
+    communication: str  # version of what carries collectives' messages
     refused: dict[str, str]  # family -> why its first shape that failed did
 
     def read(self, family: str, shape: Row, sustained: bool = False) -> Reading | None:
@@ -124,7 +143,15 @@ def plan_rows(quick: bool = False, devices: int = 1, power: bool = False) -> Ite
         compiled = [shape for shape in shapes if shape.get("gemm_dtype") in _COMPILED]
         shapes = [shape for shape in shapes if shape.get("gemm_dtype") not in _COMPILED]
         shapes = shapes[: kept.get(family, len(shapes))] + ([] if kept else compiled[:_MOST_COMPILED])
-        found += [((number + 0.5) / len(shapes), family, shape) for number, shape in enumerate(shapes)]
+        # The mildest skew is what predictors are fitted on; evenly routed rows come where time is left.
+        shapes.sort(key=lambda shape: bool(shape.get("distribution") == BALANCED))
+        # Triton compiles some dozens of kernels for the experts' first shapes: a minute's run has no time for
+        # that, a longer one does.
+        start = 0.5 if family == "moe" else 0.0
+        found += [
+            (start + (1.0 - start) * (number + 0.5) / len(shapes), family, shape)
+            for number, shape in enumerate(shapes)
+        ]
     found.sort(key=lambda item: item[0])
     yield from ((family, shape) for _, family, shape in found)
 
@@ -155,17 +182,32 @@ def _shapes(devices: int) -> dict[str, list[Row]]:
             for batch in DECODE_BATCHES
             for context in DECODE_CONTEXTS
         ]
+    experts: list[Row] = [
+        {
+            "moe_dtype": dtype, "num_tokens": count, "hidden_size": hidden, "inter_size": width,
+            "topk": chosen, "num_experts": number, "moe_tp_size": cut, "moe_ep_size": 1,
+            "distribution": routed,
+        }
+        for dtype in ("bfloat16", "fp8_block")
+        for hidden, width, chosen, number, cuts in EXPERTS
+        for cut in cuts
+        if dtype == "bfloat16" or width // cut % 128 == 0
+        for count in EXPERT_TOKENS
+        for routed in (SKEWED, BALANCED)
+    ]  # fmt: skip
     found = {
         "gemm": gemms,
         "context_attention": prompts,
         "generation_attention": tokens,
         "memory": [{"kind": kind, "size_bytes": size} for kind in MEMORY for size in MEMORY_BYTES],
+        "moe": experts,
     }
     messages = [
         {"nccl_dtype": "half", "num_gpus": count, "message_size": elements, "kind": kind}
-        for count in (2, 4, 8)
+        for count in GROUPS
         if count <= devices
         for kind in COLLECTIVES
+        if kind != "point_to_point" or count == 2
         for elements in MESSAGES
     ]
     return {**found, "nccl": messages} if messages else found
@@ -196,8 +238,10 @@ def profile(
     tables: dict[str, _Table] = {}
     root = out_dir / SUSTAINED if power else out_dir
     for family, shape in shapes if shapes is not None else plan_rows(quick, bench.devices, power):
+        together = family == "nccl"
+        version = bench.communication if together else bench.software
         if family not in tables:
-            tables[family] = _Table(_path(root, name, engine, bench.software, family))
+            tables[family] = _Table(_path(root, name, engine, version, family))
             counts[family] = len(tables[family].done)
         table = tables[family]
         if table.has(_written(family, shape)):
@@ -210,9 +254,9 @@ def profile(
         table.add(
             {
                 "framework": "torch",
-                "version": bench.software,
+                "version": version,
                 "device": bench.device,
-                "kernel_source": bench.source,
+                "kernel_source": "NCCL" if together else bench.source,
                 **_written(family, shape),
                 "latency": reading.seconds * 1e3,
                 "clock_mhz": reading.clock_mhz,
@@ -237,7 +281,7 @@ def _written(family: str, shape: Row) -> Row:
 def _path(out_dir: Path, device: str, engine: str, software: str, family: str) -> Path:
     if family == "nccl":  # not an engine's own
         return out_dir / device / "comm" / "nccl" / software / "nccl_perf.csv"
-    folder = family if family in ("gemm", "memory") else "attention"
+    folder = family if family in ("gemm", "memory", "moe") else "attention"
     return out_dir / device / folder / engine / software / f"{family}_perf.csv"
 
 

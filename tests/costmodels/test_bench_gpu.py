@@ -10,8 +10,12 @@ import pytest
 
 from costmodels import Gemm, default_cost_model, roofline_bound
 from costmodels.bench_torch import Torch
-from costmodels.profile import Bench, catalog_name, plan_rows
+from costmodels.collectives import collective_time
+from costmodels.learned.train_curves import collective_link
+from costmodels.ops import Collective
+from costmodels.profile import COLLECTIVES, Bench, catalog_name, plan_rows
 from hardware import InputError, load_catalog
+from hardware.device import CommGroup
 
 
 @pytest.fixture(scope="module", params=["torch", "vllm"])
@@ -61,3 +65,23 @@ def test_one_shape_of_every_family_is_read(bench: Bench) -> None:
         if read.get(family, 0) < 3:
             read[family] = read.get(family, 0) + (bench.read(family, shape) is not None)
     assert all(count == 3 for count in read.values()), (read, bench.refused)
+
+
+def test_collectives_of_two_gpus_take_about_what_is_predicted(bench: Bench) -> None:
+    if bench.devices < 2:
+        pytest.skip("one GPU has nobody to talk to")
+    for kind in COLLECTIVES:
+        shape = {"nccl_dtype": "half", "num_gpus": 2, "message_size": 1 << 26, "kind": kind}
+        reading = bench.read("nccl", shape)
+        assert reading is not None, bench.refused
+        group = CommGroup(2, 2, "nvlink4", collective_link(load_catalog(), _device(bench).name), 1e-6)
+        guess = collective_time(Collective(kind, float(2 << 26), group))[0]
+        assert 0.3 < reading.seconds / float(guess) < 3.0, kind
+
+
+def test_routed_experts_are_read(bench: Bench) -> None:
+    if bench.source != "vllm":
+        pytest.skip("PyTorch has none")
+    shapes = [shape for family, shape in plan_rows() if family == "moe" and shape["num_tokens"] == 64]
+    read = [bench.read("moe", shape) for shape in shapes[:4]]
+    assert all(reading is not None for reading in read), bench.refused
