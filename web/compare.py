@@ -21,7 +21,7 @@ from web import charts, reasons
 from web.format import count, number, percent, quantity
 from web.page import html, runs_of
 from web.run_pages import machines, result_of
-from web.view import AXES, MEMORY, TIME, bar_of, objective_of, plan_label, plan_settings
+from web.view import AXES, MEMORY, TIME, bar_of, batching_words, objective_of, plan_label, plan_settings
 
 router = APIRouter(include_in_schema=False)
 _MOST = 4
@@ -112,7 +112,8 @@ def _view(items: list[dict[str, Any]]) -> dict[str, Any]:
         heads.append(
             {
                 "letter": "ABCD"[index],
-                "label": plan_label(entry["plan"]),
+                "label": plan_label(entry["plan"], item["asked"]),
+                "batching": batching_words(entry["plan"]),
                 "href": f"/runs/{item['run']['id']}/plans/{entry['id']}",
                 "run": item["run"]["label"] or item["run"]["model"],
                 "run_href": f"/runs/{item['run']['id']}",
@@ -215,7 +216,7 @@ def _fronts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "x": objective_of(first, entry["metrics"]),
                     "y": objective_of(second, entry["metrics"]),
-                    "label": plan_label(entry["plan"]),
+                    "label": plan_label(entry["plan"], result["request"]),
                 }
                 for entry in result["plans"]
                 if entry["id"] in set(result["front"])

@@ -10,7 +10,7 @@ from planner.engines import load_profile
 from planner.explain import too_close
 from planner.objectives import OBJECTIVES
 from web.format import number, percent, quantity
-from web.view import AXES, LATENCIES, objective_of, plan_label
+from web.view import AXES, LATENCIES, batching_words, objective_of, plan_label
 
 _TIME_WORDS = {
     "gemm": "matrix products",
@@ -68,7 +68,8 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
         rows.append(
             {
                 "id": other["id"],
-                "label": plan_label(other["plan"]),
+                "label": plan_label(other["plan"], result["request"]),
+                "batching": batching_words(other["plan"]),
                 "cells": cells,
                 "noise": _within_noise(plan_error, names, entry, other),
             }
@@ -209,7 +210,8 @@ def relaxations(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "factor": value / bound,
                     "times": f"{number(value / bound)}\u00a0×",
                     "id": entry["id"],
-                    "label": plan_label(entry["plan"]),
+                    "label": plan_label(entry["plan"], result["request"]),
+                    "batching": batching_words(entry["plan"]),
                 }
             )
     return sorted(rows, key=lambda row: row["factor"])

@@ -251,7 +251,7 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
             "x": _of_incumbent(plan, x),
             "y": _of_incumbent(plan, y),
             "kind": "front" if plan["meets_slo"] else "misses",
-            "label": plan_label(plan["plan"]),
+            "label": plan_label(plan["plan"], asked),
         }
         for plan in incumbents
     ]
@@ -275,7 +275,7 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
         "plans": [
             {
                 "id": plan["plan_id"],
-                "label": plan_label(plan["plan"]),
+                "label": plan_label(plan["plan"], asked),
                 "meets": plan["meets_slo"],
                 "cells": [
                     quantity(_of_incumbent(plan, "ttft"), "s"),
@@ -448,7 +448,7 @@ async def plan_timeline(request: Request, run_id: str, plan_id: str) -> HTMLResp
     if part:
         return HTMLResponse(render("_timeline.html", t=shown))
     facts = await _facts(request, run)
-    label = plan_label(plan)
+    label = plan_label(plan, result["request"])
     return html(request, "timeline.html", here="runs", run=facts, t=shown, plan_id=plan_id, label=label)
 
 

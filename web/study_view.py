@@ -61,7 +61,9 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "value": quantity(point["value"], unit) if unit else number(point["value"], 4),
                 "ok": point["status"] == "ok",
-                "label": plan_label(point["plan"]) if point.get("plan") else "no plan can run",
+                "label": plan_label(point["plan"], answer["request"])
+                if point.get("plan")
+                else "no plan can run",
                 "plan_id": point["plan_id"],
                 "changed": before is not None and before != point["plan_id"],
                 "front": count(point.get("front")),
