@@ -97,6 +97,11 @@ def count(value: float | None) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{value:,.0f}"
 
 
+def times(value: int) -> str:
+    """How often, as `once` or `3 times`."""
+    return "once" if value == 1 else f"{value} times"
+
+
 def billions(value: float | None) -> str:
     """A number of parameters, as `70.6 B` (billions) or `494 M`."""
     if value is None or not math.isfinite(value):

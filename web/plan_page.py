@@ -9,7 +9,7 @@ from hardware import InputError
 from planner.exports import TARGETS, export_result
 from planner.objectives import OBJECTIVES
 from web import reasons
-from web.format import number, quantity
+from web.format import number, percent, quantity
 from web.placement import placements
 from web.view import (
     AXES,
@@ -18,6 +18,7 @@ from web.view import (
     objective_of,
     plan_label,
     plan_view,
+    reason_of,
     sources_of,
     targets_of,
     tiles,
@@ -91,8 +92,7 @@ def plan_page_view(result: Mapping[str, Any], plan_id: str) -> dict[str, Any]:
 def _verdict(result: Mapping[str, Any], entry: Mapping[str, Any], kind: str, names: list[str]) -> str:
     """Why the plan stands where it stands, in a sentence or two."""
     if kind == "recommended":
-        reason = str((result.get("recommended") or {}).get("reason", ""))
-        return f"Recommended: {reason}."
+        return reason_of(result, entry)
     if kind == "nearest":
         return "No plan meets every target; this one misses them by the least."
     if kind == "misses":
@@ -153,8 +153,8 @@ def _intervals(entry: Mapping[str, Any]) -> list[dict[str, str]]:
             rows.append(
                 {
                     "words": f"{words} p95",
-                    "text": f"{quantity(value, 's')}, {number(100 * (pair[0] / value - 1), 2)} % to "
-                    f"+{number(100 * (pair[1] / value - 1), 2)} %",
+                    "text": f"{quantity(value, 's')}, \u2212{percent(1 - pair[0] / value, 2)} to "
+                    f"+{percent(pair[1] / value - 1, 2)}",
                 }
             )
     return rows

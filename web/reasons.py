@@ -54,6 +54,7 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
     rows = []
     for other in sorted(listed, key=distance)[:most]:
         cells = []
+        noise = _within_noise(plan_error, names, entry, other)
         for name in names:
             value = objective_of(name, other["metrics"])
             better = (value > own[name]) == OBJECTIVES[name].maximise
@@ -62,7 +63,10 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
                 {
                     "value": quantity(value, OBJECTIVES[name].unit),
                     "words": words,
-                    "css": "" if words in ("", "the same") else ("met" if better else "miss"),
+                    # What may be noise is neither a gain nor a loss.
+                    "css": ""
+                    if words in ("", "the same") or AXES[name] in noise
+                    else ("met" if better else "miss"),
                 }
             )
         rows.append(
@@ -71,7 +75,7 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
                 "label": plan_label(other["plan"], result["request"]),
                 "batching": batching_words(other["plan"]),
                 "cells": cells,
-                "noise": _within_noise(plan_error, names, entry, other),
+                "noise": noise,
             }
         )
     return rows

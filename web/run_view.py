@@ -19,6 +19,7 @@ from web.view import (
     objective_cells,
     objective_of,
     plan_label,
+    reason_of,
     rejected_of,
     request_yaml,
     scatters,
@@ -88,7 +89,7 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
             command_problem = error.message
     return {
         "feasible": feasible,
-        "reason": (result.get("recommended") or {}).get("reason", ""),
+        "reason": reason_of(result, chosen),
         "chosen_id": chosen_id,
         "chosen_batching": batching_words(chosen["plan"]) if chosen else "",
         "chosen_label": plan_label(chosen["plan"], request) if chosen else "",

@@ -13,7 +13,7 @@ from api.kinds import FLEET, SWEEP
 from hardware import InputError
 from planner.exports import export_plan
 from web import charts
-from web.format import count, number, percent, quantity
+from web.format import count, number, percent, quantity, times
 from web.view import plan_label
 
 
@@ -107,7 +107,7 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
         "vary": vary,
         "rows": rows,
         "charts": drawn,
-        "changes": len(answer["changes"]),
+        "changes": f"changes {times(len(answer['changes']))}" if answer["changes"] else "does not change",
         "wall": quantity(answer["wall_s"], "s"),
         "model": answer["request"]["model"],
         "provenance": answer["provenance"],
@@ -176,11 +176,13 @@ def _fleet_view(answer: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     search = answer["search"]
+    headroom = ((answer.get("request") or {}).get("reserve") or {}).get("headroom")
     return {
         "ok": answer["status"] == "ok",
         "objective": answer["objective"],
         "per_day": quantity(answer["usd_per_day"], "USD/day") if answer["usd_per_day"] is not None else "",
         "periods": periods,
+        "headroom": percent(headroom) + " headroom" if headroom else "",
         "certified": search["certified"],
         "columns": count(search["columns"]),
         "simulated": count(search["simulated"]),

@@ -337,10 +337,34 @@ def targets_of(slo: Mapping[str, Any], entry: Mapping[str, Any] | None) -> list[
                     "value": quantity(value, "s"),
                     "interval": interval(pair, "s") if pair else "",
                     "met": value is None or value <= bound,
-                    "sure": pair is not None and pair[1] <= bound,
+                    "words": _target_words(value, bound, pair),
                 }
             )
     return rows
+
+
+def _target_words(value: float | None, bound: float, pair: Sequence[float] | None) -> str:
+    """What becomes of a target; only plans of the front have intervals to go by."""
+    if value is None:
+        return "not predicted"
+    if value > bound:
+        return "missed"
+    if not pair:
+        return "met"
+    if pair[1] <= bound:
+        return "met, also at the slow end of the interval"
+    return "met; the interval reaches beyond it"
+
+
+def reason_of(result: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> str:
+    """Why the plan at the top of the page is there, as a sentence."""
+    if chosen is None:
+        return ""
+    if result["status"] == "ok":
+        return f"Recommended: {(result.get('recommended') or {}).get('reason', '')}."
+    certified = result["search"]["certified"]
+    none = "No plan meets" if certified else "The search ended before a plan was found that meets"
+    return f"{none} the targets; this one comes nearest: {'; '.join(misses_words(chosen))}."
 
 
 def tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -406,10 +430,14 @@ def workload_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Input that a cache could share", percent(summary.get("shared_prefix_share"))),
         (
             "Conversations",
-            f"{count(summary.get('sessions'))}, {number(summary.get('turns_mean'))} turns each",
+            f"{count(summary.get('sessions'))}, {_turns(summary.get('turns_mean'))} each",
         ),
     ]
     return rows
+
+
+def _turns(mean: float | None) -> str:
+    return "1 turn" if mean == 1 else f"{number(mean)} turns"
 
 
 def sources_of(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -472,7 +500,7 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
         "feasible": feasible,
         "model": request["model"],
         "machines": ", ".join(_pool_words(pool) for pool in pools),
-        "reason": (result.get("recommended") or {}).get("reason", ""),
+        "reason": reason_of(result, chosen),
         "chosen": plan_view(chosen, request) if chosen else None,
         "tiles": tiles(chosen["metrics"], chosen.get("interval") or {}) if chosen else [],
         "targets": targets_of(slo, chosen),
