@@ -72,8 +72,20 @@ def quantity(value: float | None, unit: str, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     factor, shown = scale([value], unit)
+    text = money(value) if unit.startswith("USD") else number(value / factor, digits)
     # A no-break space: a unit never stands alone on the next line.
-    return f"{number(value / factor, digits)}\u00a0{shown}" if shown else number(value / factor, digits)
+    return f"{text}\u00a0{shown}" if shown else text
+
+
+def money(value: float | None) -> str:
+    """An amount with two decimals; of less than one, three significant digits.
+
+    >>> money(2.6), money(0.6634), money(15723.4)
+    ('2.60', '0.663', '15,723')
+    """
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{value:,.2f}" if 1 <= abs(value) < 1000 else number(value)
 
 
 def interval(pair: object, unit: str) -> str:

@@ -30,7 +30,7 @@ from hardware import InputError
 from planner.objectives import OBJECTIVES
 from web import charts
 from web.chart_data import chart_data
-from web.format import count, number, quantity, times
+from web.format import count, money, number, quantity, times
 from web.page import back_to, html, principal_of, runs_of, sent_fields
 from web.pages import render
 from web.plan_page import plan_page_view
@@ -172,7 +172,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
         "ttft": quantity((best.get("ttft_s") or {}).get("p95"), "s"),
         "tpot": quantity((best.get("tpot_s") or {}).get("p95"), "s"),
         "throughput": number(best.get("output_tokens_per_s")),
-        "cost": number(best.get("usd_per_million_output_tokens")),
+        "cost": money(best.get("usd_per_million_output_tokens")),
         "front": count(summary.get("front")),
     }
 

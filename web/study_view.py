@@ -17,6 +17,16 @@ from web.format import count, number, percent, quantity, times
 from web.view import plan_label
 
 
+def vary_words(path: str) -> str:
+    """What a sweep moves, in words where there are some for the path."""
+    parts = path.split(".")
+    if parts[0] == "slo" and len(parts) == 3:
+        return f"{parts[1].removesuffix('_s').upper()} {parts[2]} target"
+    if parts[0] == "prices" and len(parts) > 1:
+        return f"Price of {path.removeprefix('prices.')}"
+    return "Rate, times the request's own" if path == "rate" else path
+
+
 def study_view(kind: str, answer: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the page of a sweep or a fleet shows of its answer."""
     return _sweep_view(answer) if kind == SWEEP else _fleet_view(answer)
@@ -95,7 +105,7 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
                            "label": point["plan_id"]})  # fmt: skip
         svg = charts.line(
             series,
-            x={"label": vary, "unit": unit},
+            x={"label": vary_words(vary), "unit": unit},
             y={"label": words, "unit": chart_unit},
             title=f"{words} over {vary}",
             description=f"{len(series)} values; the table has the numbers.",
@@ -105,6 +115,7 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
             drawn.append({"title": words, "chart": Markup(svg)})
     return {
         "vary": vary,
+        "vary_words": vary_words(vary),
         "rows": rows,
         "charts": drawn,
         "changes": f"changes {times(len(answer['changes']))}" if answer["changes"] else "does not change",

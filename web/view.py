@@ -396,7 +396,7 @@ def tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[str
         },
         {
             "name": "Cost per M output tokens",
-            "value": f"{number(cost)}\u00a0USD" if cost is not None else MISSING,
+            "value": quantity(cost, "USD/Mtok"),
             "note": f"{quantity(metrics.get('usd_per_hour'), 'USD/h')} for {count(devices)} "
             + ("device" if devices == 1 else "devices"),
         },
