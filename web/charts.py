@@ -456,7 +456,7 @@ def ranges(rows: Sequence[Mapping[str, Any]], *, unit: str, title: str, descript
     values = [
         float(row[key]) for row in shown for key in ("value", "low", "high", "limit") if _finite(row.get(key))
     ]
-    left, step, top = 50, 26, 10
+    left, step, top = 58, 26, 10
     height = top + step * len(shown) + 40
     axis = _Axis(values, title, unit, left, WIDTH - _RIGHT - 6)
     parts = [_open(WIDTH, height, "ranges", title, description, ident)]
