@@ -85,8 +85,9 @@ def respond(request: Request, error: ApiError) -> Response:
             return HTMLResponse(render("again.html", target=safe_target(target)))
         # Not the gate's own header: it would open the browser's box for names and passwords.
         return HTMLResponse(login_page(safe_target(target if request.method == "GET" else "/")), 401)
-    page = render("error.html", problem=error.problem())
-    return HTMLResponse(page, error.status, headers=error.headers)
+    page = html(request, "error.html", error.status, problem=error.problem())
+    page.headers.update(error.headers or {})
+    return page
 
 
 @router.get("/login")

@@ -90,7 +90,7 @@ def chart_data(result: Mapping[str, Any]) -> dict[str, Any]:
         "kinds": KINDS,
         "kind": [KINDS.index(kinds[entry["id"]]) for entry in entries],
         "ids": [entry["id"] for entry in entries],
-        "labels": [plan_label(entry["plan"]) for entry in entries],
+        "labels": [plan_label(entry["plan"], result["request"]) for entry in entries],
         "weights": [_weights(entry["plan"]) for entry in entries],
         "values": values,
         "low": low,

@@ -71,15 +71,27 @@ def _log_ticks(low: float, high: float, steps: Sequence[int]) -> list[float]:
 class _Axis:
     """Values to units of the view box, with ticks; logarithmic when the spread asks for it."""
 
-    def __init__(self, values: Sequence[float], label: str, unit: str, start: float, end: float) -> None:
+    def __init__(
+        self,
+        values: Sequence[float],
+        label: str,
+        unit: str,
+        start: float,
+        end: float,
+        *,
+        from_zero: bool = False,
+    ) -> None:
         factor, shown = scale(values, unit)
         self.factor = factor
         self.label = f"{label} ({shown})" if shown else label
         low, high = min(values) / factor, max(values) / factor
         self.log = low > 0 and high / low > LOG_FROM
-        if not self.log and 0 <= low <= 0.4 * high:
+        if not self.log and (0 <= low <= 0.4 * high or (from_zero and low > 0)):
             low = 0.0  # near enough to zero that the axis may as well tell proportions
         self.ticks = ticks(low, high, log=self.log)
+        if not unit and not self.log and all(float(value).is_integer() for value in values):
+            # Half a device is none.
+            self.ticks = [tick for tick in self.ticks if tick.is_integer()]
         if len(self.ticks) < 2:
             self.ticks = [self.ticks[0], self.ticks[0] * 10] if self.log else ticks(low, low)
         self.start, self.end = start, end
@@ -276,6 +288,8 @@ def line(
 ) -> str:
     """Values over one thing that moves, joined in order; a ring where no plan meets the targets.
 
+    Their axis begins at zero: from one value to the next, a hair's breadth must not look like a cliff.
+
     A point is `{"x", "y", "ok", "label"}`: the line is broken where the label changes. "" when there are
     fewer than two points.
     """
@@ -284,7 +298,7 @@ def line(
         return ""
     height, top = 280, 34
     across = _Axis([p["x"] for p in drawable], x["label"], x["unit"], _LEFT, WIDTH - _RIGHT - 6)
-    up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], height - _BOTTOM, top)
+    up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], height - _BOTTOM, top, from_zero=True)
     parts = [_open(WIDTH, height, "line", title, description, ident)]
     for tick, told in zip(across.ticks, across.labels, strict=True):
         place = across.place_shown(tick)
@@ -348,12 +362,15 @@ SERIES = "ABCD"
 
 
 def _series_mark(index: int, x: float, y: float, tip: str = "") -> str:
-    """Disc, square, diamond or triangle: series differ in shape, not in colour alone."""
+    """Disc, square, diamond or triangle: series differ in shape, not in colour alone.
+
+    Each is larger than the one before, so that the one below stands out where two plans are alike.
+    """
     shapes = (
-        f"M{_n(x - 4.5)} {_n(y)}a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
-        f"M{_n(x - 4)} {_n(y - 4)}h8v8h-8z",
-        f"M{_n(x)} {_n(y - 5.5)}l5.5 5.5l-5.5 5.5l-5.5 -5.5z",
-        f"M{_n(x)} {_n(y - 5)}l5 9h-10z",
+        f"M{_n(x - 3.5)} {_n(y)}a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
+        f"M{_n(x - 5)} {_n(y - 5)}h10v10h-10z",
+        f"M{_n(x)} {_n(y - 9)}l9 9l-9 9l-9 -9z",
+        f"M{_n(x)} {_n(y - 13)}l12 20h-24z",
     )
     title = f"<title>{escape(tip)}</title>" if tip else ""
     return f'<path class="seg-{index} series" d="{shapes[index]}">{title}</path>'
@@ -377,14 +394,14 @@ def overlay(
     up = _Axis([p["y"] for p in together], y["label"], y["unit"], HEIGHT - _BOTTOM, _TOP)
     parts = [_open(WIDTH, HEIGHT, "scatter", title, description, ident)]
     parts += _frame(across, up, x, y)
-    for index, points in enumerate(drawable):
+    for index, points in reversed(list(enumerate(drawable))):
         for point in points:
             parts.append(
                 _series_mark(index, across.place(point["x"]), up.place(point["y"]), str(point["label"]))
             )
-        at = 12 + 44 * index
-        parts.append(_series_mark(index, at, 12))
-        parts.append(_text(at + 11, 16, SERIES[index], "legend"))
+        at = 14 + 52 * index
+        parts.append(_series_mark(index, at, 13))
+        parts.append(_text(at + 15, 17, SERIES[index], "legend"))
     parts.append("</svg>")
     return "".join(parts)
 
@@ -439,7 +456,7 @@ def ranges(rows: Sequence[Mapping[str, Any]], *, unit: str, title: str, descript
     values = [
         float(row[key]) for row in shown for key in ("value", "low", "high", "limit") if _finite(row.get(key))
     ]
-    left, step, top = 50, 26, 10
+    left, step, top = 58, 26, 10
     height = top + step * len(shown) + 40
     axis = _Axis(values, title, unit, left, WIDTH - _RIGHT - 6)
     parts = [_open(WIDTH, height, "ranges", title, description, ident)]

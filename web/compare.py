@@ -20,8 +20,8 @@ from planner.objectives import OBJECTIVES
 from web import charts, reasons
 from web.format import count, number, percent, quantity
 from web.page import html, runs_of
-from web.run_pages import machines, result_of
-from web.view import AXES, MEMORY, TIME, bar_of, objective_of, plan_label, plan_settings
+from web.run_pages import STATUS_WORDS, ago, machines, result_of, when
+from web.view import AXES, MEMORY, TIME, bar_of, batching_words, objective_of, plan_label, plan_settings
 
 router = APIRouter(include_in_schema=False)
 _MOST = 4
@@ -76,7 +76,10 @@ async def _recent(request: Request) -> list[dict[str, Any]]:
 
     found = await runs_of(request).page(Filters(status=("done", "infeasible"), kind="plan"), None, 20)
     return [{"id": run["id"], "title": run["label"] or run["model"], "model": run["model"],
-             "devices": ", ".join(filter(None, run["devices"].split("|")))} for run in found]  # fmt: skip
+             "devices": ", ".join(filter(None, run["devices"].split("|"))),
+             "words": STATUS_WORDS[run["status"]], "ago": ago(run["created_at"]),
+             "when": when(run["created_at"])}
+            for run in found if json.loads(run["summary"] or "{}").get("recommended")]  # fmt: skip
 
 
 async def _item(request: Request, run_id: str, plan_id: str) -> dict[str, Any]:
@@ -112,7 +115,8 @@ def _view(items: list[dict[str, Any]]) -> dict[str, Any]:
         heads.append(
             {
                 "letter": "ABCD"[index],
-                "label": plan_label(entry["plan"]),
+                "label": plan_label(entry["plan"], item["asked"]),
+                "batching": batching_words(entry["plan"]),
                 "href": f"/runs/{item['run']['id']}/plans/{entry['id']}",
                 "run": item["run"]["label"] or item["run"]["model"],
                 "run_href": f"/runs/{item['run']['id']}",
@@ -151,7 +155,7 @@ def _metric_row(
         first = values[0]
         ratio = ""
         if index and value is not None and first:
-            ratio = f"{number(value / first)}\u00a0×"
+            ratio = "the same" if value == first else f"{number(value / first)}\u00a0×"
         cells.append(
             {"text": _shown(value, unit), "ratio": ratio, "best": best is not None and value == best}
         )
@@ -215,7 +219,7 @@ def _fronts(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "x": objective_of(first, entry["metrics"]),
                     "y": objective_of(second, entry["metrics"]),
-                    "label": plan_label(entry["plan"]),
+                    "label": plan_label(entry["plan"], result["request"]),
                 }
                 for entry in result["plans"]
                 if entry["id"] in set(result["front"])

@@ -72,8 +72,20 @@ def quantity(value: float | None, unit: str, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     factor, shown = scale([value], unit)
+    text = money(value) if unit.startswith("USD") else number(value / factor, digits)
     # A no-break space: a unit never stands alone on the next line.
-    return f"{number(value / factor, digits)}\u00a0{shown}" if shown else number(value / factor, digits)
+    return f"{text}\u00a0{shown}" if shown else text
+
+
+def money(value: float | None) -> str:
+    """An amount with two decimals; of less than one, three significant digits.
+
+    >>> money(2.6), money(0.6634), money(15723.4)
+    ('2.60', '0.663', '15,723')
+    """
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return f"{value:,.2f}" if 1 <= abs(value) < 1000 else number(value)
 
 
 def interval(pair: object, unit: str) -> str:
@@ -95,6 +107,11 @@ def percent(value: float | None, digits: int = 3) -> str:
 def count(value: float | None) -> str:
     """A whole number with separators."""
     return MISSING if value is None or not math.isfinite(value) else f"{value:,.0f}"
+
+
+def times(value: int) -> str:
+    """How often, as `once` or `3 times`."""
+    return "once" if value == 1 else f"{value} times"
 
 
 def billions(value: float | None) -> str:

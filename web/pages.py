@@ -64,8 +64,8 @@ def login_page(target: str, problem: str = "") -> str:
 _WORDS = {
     "devices": "Accelerators with their datasheet figures. Peaks are dense, never the sparse ones; memory is "
     "what the runtime reports.",
-    "models": "Models known by name. Any Hugging Face config.json of a supported architecture works on the "
-    "command line.",
+    "models": "Models known by name. Any Hugging Face config.json of a supported architecture works "
+    "too, here and on the command line.",
     "engines": "Engine profiles: what a version does by default, and what its host side costs.",
     "workloads": "Kinds of traffic, with lengths as they were published.",
     "costmodels": "Predictors of kernel times, learned from published measurements. The error is that on "

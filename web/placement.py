@@ -107,7 +107,8 @@ def _drawing(pool: Pool, members: list[tuple[Mapping[str, Any], int, str]]) -> d
     across = min(nodes, per_row)
     down = -(-nodes // across)
     total_width = across * (width + 24) - 24
-    total_height = down * (body + 46)
+    # One node has no network below it to draw.
+    total_height = down * (body + 46) if nodes > 1 else body
     words = (
         f"Pool {pool.name}: {' and '.join(told)} on {nodes_used} of {pool.nodes} "
         f"{'node' if pool.nodes == 1 else 'nodes'} with {pool.devices_per_node} × {pool.device.name} each."

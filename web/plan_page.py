@@ -9,9 +9,20 @@ from hardware import InputError
 from planner.exports import TARGETS, export_result
 from planner.objectives import OBJECTIVES
 from web import reasons
-from web.format import number, quantity
+from web.format import number, percent, quantity
 from web.placement import placements
-from web.view import AXES, kind_of, objective_of, plan_view, sources_of, targets_of, tiles
+from web.view import (
+    AXES,
+    batching_words,
+    kind_of,
+    objective_of,
+    plan_label,
+    plan_view,
+    reason_of,
+    sources_of,
+    targets_of,
+    tiles,
+)
 
 TARGET_WORDS = {
     "vllm": "vLLM",
@@ -60,7 +71,7 @@ def plan_page_view(result: Mapping[str, Any], plan_id: str) -> dict[str, Any]:
     names = [name for name in request.get("objectives", ()) if name in OBJECTIVES]
     exports = exports_of(result, plan_id)
     return {
-        **plan_view(entry, slo),
+        **plan_view(entry, request),
         "kind": kind,
         "tiles": tiles(metrics, entry.get("interval") or {}),
         "targets": targets_of(slo, entry),
@@ -81,8 +92,7 @@ def plan_page_view(result: Mapping[str, Any], plan_id: str) -> dict[str, Any]:
 def _verdict(result: Mapping[str, Any], entry: Mapping[str, Any], kind: str, names: list[str]) -> str:
     """Why the plan stands where it stands, in a sentence or two."""
     if kind == "recommended":
-        reason = str((result.get("recommended") or {}).get("reason", ""))
-        return f"Recommended: {reason}."
+        return reason_of(result, entry)
     if kind == "nearest":
         return "No plan meets every target; this one misses them by the least."
     if kind == "misses":
@@ -103,15 +113,16 @@ def _verdict(result: Mapping[str, Any], entry: Mapping[str, Any], kind: str, nam
     better = _dominator(result, entry, names)
     if better is None:
         return "Dominated: another plan is at least as good in every objective."
-    from web.view import plan_label
-
     gains = []
     for name in names:
         own, other = objective_of(name, entry["metrics"]), objective_of(name, better["metrics"])
         if own and abs(other / own - 1) > 0.005:
             gains.append(f"{number(abs(100 * (other / own - 1)), 2)} % "
-                         f"{'more' if other > own else 'less'} in {OBJECTIVES[name].words}")  # fmt: skip
-    return f"Dominated by {plan_label(better['plan'])}: {'; '.join(gains) or 'it is no worse in anything'}."
+                         f"{'more' if other > own else 'less'} {OBJECTIVES[name].words}")  # fmt: skip
+    told = plan_label(better["plan"], result["request"])
+    if told == plan_label(entry["plan"], result["request"]):
+        told += f" with {batching_words(better['plan'])}"
+    return f"Dominated by {told}, which has {' and '.join(gains) or 'nothing worse'}."
 
 
 def _dominator(
@@ -142,8 +153,8 @@ def _intervals(entry: Mapping[str, Any]) -> list[dict[str, str]]:
             rows.append(
                 {
                     "words": f"{words} p95",
-                    "text": f"{quantity(value, 's')}, {number(100 * (pair[0] / value - 1), 2)} % to "
-                    f"+{number(100 * (pair[1] / value - 1), 2)} %",
+                    "text": f"{quantity(value, 's')}, \u2212{percent(1 - pair[0] / value, 2)} to "
+                    f"+{percent(pair[1] / value - 1, 2)}",
                 }
             )
     return rows

@@ -100,12 +100,15 @@ def _words(objective: str) -> str:
     return words[0].upper() + words[1:]
 
 
-def _model_words(row: dict[str, Any]) -> tuple[str, str]:
+def _model_words(row: dict[str, Any]) -> tuple[str, str, str]:
+    """A model's name, what is told of it (its id too: browsers search in it), and all its ids."""
     size = billions(row["parameters"]).replace("\u00a0", " ")
     if row["active_parameters"] and row["active_parameters"] < 0.95 * row["parameters"]:
         active = billions(row["active_parameters"]).replace("\u00a0", " ")
         size += f", {active} active"
-    return str(row["name"]), f"{size} · context {count(row['max_context_tokens'])} · {row['weights']}"
+    words = [f"{size} parameters", f"context {count(row['max_context_tokens'])}", str(row["weights"])]
+    ids = list(row["hugging_face_ids"])
+    return str(row["name"]), " · ".join(words + ids[:1]), " ".join(ids).lower()
 
 
 def _device_words(row: dict[str, Any]) -> tuple[str, str]:

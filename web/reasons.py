@@ -10,7 +10,7 @@ from planner.engines import load_profile
 from planner.explain import too_close
 from planner.objectives import OBJECTIVES
 from web.format import number, percent, quantity
-from web.view import AXES, LATENCIES, objective_of, plan_label
+from web.view import AXES, LATENCIES, batching_words, objective_of, plan_label
 
 _TIME_WORDS = {
     "gemm": "matrix products",
@@ -54,6 +54,7 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
     rows = []
     for other in sorted(listed, key=distance)[:most]:
         cells = []
+        noise = _within_noise(plan_error, names, entry, other)
         for name in names:
             value = objective_of(name, other["metrics"])
             better = (value > own[name]) == OBJECTIVES[name].maximise
@@ -62,15 +63,19 @@ def rivals(result: Mapping[str, Any], entry: Mapping[str, Any], most: int = 5) -
                 {
                     "value": quantity(value, OBJECTIVES[name].unit),
                     "words": words,
-                    "css": "" if words in ("", "the same") else ("met" if better else "miss"),
+                    # What may be noise is neither a gain nor a loss.
+                    "css": ""
+                    if words in ("", "the same") or AXES[name] in noise
+                    else ("met" if better else "miss"),
                 }
             )
         rows.append(
             {
                 "id": other["id"],
-                "label": plan_label(other["plan"]),
+                "label": plan_label(other["plan"], result["request"]),
+                "batching": batching_words(other["plan"]),
                 "cells": cells,
-                "noise": _within_noise(plan_error, names, entry, other),
+                "noise": noise,
             }
         )
     return rows
@@ -209,7 +214,8 @@ def relaxations(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "factor": value / bound,
                     "times": f"{number(value / bound)}\u00a0×",
                     "id": entry["id"],
-                    "label": plan_label(entry["plan"]),
+                    "label": plan_label(entry["plan"], result["request"]),
+                    "batching": batching_words(entry["plan"]),
                 }
             )
     return sorted(rows, key=lambda row: row["factor"])

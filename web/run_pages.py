@@ -30,7 +30,7 @@ from hardware import InputError
 from planner.objectives import OBJECTIVES
 from web import charts
 from web.chart_data import chart_data
-from web.format import count, number, quantity
+from web.format import count, money, number, quantity, times
 from web.page import back_to, html, principal_of, runs_of, sent_fields
 from web.pages import render
 from web.plan_page import plan_page_view
@@ -60,6 +60,13 @@ STATUS_WORDS = {
     "failed": "failed",
     "cancelled": "cancelled",
 }
+
+
+def status_words(run: Mapping[str, Any], summary: Mapping[str, Any] | None) -> str:
+    """A run's state in words; that no plan can run is worse than that none meets the targets."""
+    if run["kind"] == PLAN and run["status"] == "infeasible" and not (summary or {}).get("recommended"):
+        return "no plan can run"
+    return STATUS_WORDS[run["status"]]
 
 
 def when(seconds: float | None) -> str:
@@ -157,7 +164,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
         "devices": ", ".join(shown["devices"]),
         "engine": run["engine"],
         "status": run["status"],
-        "words": STATUS_WORDS[run["status"]],
+        "words": status_words(run, summary),
         "ended": run["status"] in ENDS,
         "has_result": bool(best),
         "ago": ago(run["created_at"]),
@@ -165,7 +172,7 @@ def _row(run: Mapping[str, Any]) -> dict[str, Any]:
         "ttft": quantity((best.get("ttft_s") or {}).get("p95"), "s"),
         "tpot": quantity((best.get("tpot_s") or {}).get("p95"), "s"),
         "throughput": number(best.get("output_tokens_per_s")),
-        "cost": number(best.get("usd_per_million_output_tokens")),
+        "cost": money(best.get("usd_per_million_output_tokens")),
         "front": count(summary.get("front")),
     }
 
@@ -177,7 +184,7 @@ def about(kind: str, summary: Mapping[str, Any]) -> str:
     if kind == SWEEP:
         n = summary["changes"]
         words = f"{summary['vary']}, {count(summary['points'])} values: "
-        return words + ("one plan throughout" if n == 0 else f"the plan changes {n} time{'s' * (n > 1)}")
+        return words + ("one plan throughout" if n == 0 else f"the plan changes {times(n)}")
     if summary["usd_per_hour"] is None:
         return "the inventory cannot carry the demand"
     return f"{count(summary['devices'])} devices, {quantity(summary['usd_per_hour'], 'USD/h')} at the peak"
@@ -211,7 +218,7 @@ async def _facts(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
         "machines": machines(plain),
         "engine": run["engine"],
         "status": run["status"],
-        "words": STATUS_WORDS[run["status"]],
+        "words": status_words(run, shown["summary"]),
         "ended": run["status"] in ENDS,
         "created": when(run["created_at"]),
         "ago": ago(run["created_at"]),
@@ -251,7 +258,7 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
             "x": _of_incumbent(plan, x),
             "y": _of_incumbent(plan, y),
             "kind": "front" if plan["meets_slo"] else "misses",
-            "label": plan_label(plan["plan"]),
+            "label": plan_label(plan["plan"], asked),
         }
         for plan in incumbents
     ]
@@ -275,7 +282,7 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
         "plans": [
             {
                 "id": plan["plan_id"],
-                "label": plan_label(plan["plan"]),
+                "label": plan_label(plan["plan"], asked),
                 "meets": plan["meets_slo"],
                 "cells": [
                     quantity(_of_incumbent(plan, "ttft"), "s"),
@@ -448,7 +455,7 @@ async def plan_timeline(request: Request, run_id: str, plan_id: str) -> HTMLResp
     if part:
         return HTMLResponse(render("_timeline.html", t=shown))
     facts = await _facts(request, run)
-    label = plan_label(plan)
+    label = plan_label(plan, result["request"])
     return html(request, "timeline.html", here="runs", run=facts, t=shown, plan_id=plan_id, label=label)
 
 

@@ -13,11 +13,13 @@ from web.format import MISSING, count, quantity
 from web.view import (
     AXES,
     batching_of,
+    batching_words,
     kind_of,
     misses_words,
     objective_cells,
     objective_of,
     plan_label,
+    reason_of,
     rejected_of,
     request_yaml,
     scatters,
@@ -57,7 +59,7 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
         rows.append(
             {
                 "id": entry["id"],
-                "label": plan_label(entry["plan"]),
+                "label": plan_label(entry["plan"], request),
                 "kind": kind,
                 "words": _KIND_WORDS[kind],
                 "weights": str((worker.get("quantization") or {}).get("weights") or ""),
@@ -87,9 +89,10 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
             command_problem = error.message
     return {
         "feasible": feasible,
-        "reason": (result.get("recommended") or {}).get("reason", ""),
+        "reason": reason_of(result, chosen),
         "chosen_id": chosen_id,
-        "chosen_label": plan_label(chosen["plan"]) if chosen else "",
+        "chosen_batching": batching_words(chosen["plan"]) if chosen else "",
+        "chosen_label": plan_label(chosen["plan"], request) if chosen else "",
         "tiles": tiles(chosen["metrics"], chosen.get("interval") or {}) if chosen else [],
         "targets": targets_of(slo, chosen),
         "objectives": [{"name": AXES[name], "maximise": OBJECTIVES[name].maximise} for name in names],
@@ -101,7 +104,7 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
         "limits": reasons.limits(result, chosen) if chosen else [],
         "relaxations": reasons.relaxations(result) if not feasible else [],
         "steps": _steps(result) if feasible else [],
-        "rejected": rejected_of(result.get("rejected") or ()),
+        "rejected": rejected_of(result.get("rejected") or (), request),
         "search": search_words(result["search"]),
         "space": count(result["search"]["space_size"]),
         "simulated": count(result["search"]["simulated"]),
@@ -134,7 +137,8 @@ def _steps(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                         "target": quantity(step["target_s"], "s"),
                         "cost": quantity(step["cost"], "USD/Mtok"),
                         "devices": count(step["entry"]["metrics"].get("devices")),
-                        "label": plan_label(step["entry"]["plan"]),
+                        "label": plan_label(step["entry"]["plan"], result["request"]),
+                        "batching": batching_words(step["entry"]["plan"]),
                         "id": step["entry"]["id"],
                     }
                     for step in steps[:_MOST_STEPS]

@@ -13,8 +13,18 @@ from api.kinds import FLEET, SWEEP
 from hardware import InputError
 from planner.exports import export_plan
 from web import charts
-from web.format import count, number, percent, quantity
+from web.format import count, number, percent, quantity, times
 from web.view import plan_label
+
+
+def vary_words(path: str) -> str:
+    """What a sweep moves, in words where there are some for the path."""
+    parts = path.split(".")
+    if parts[0] == "slo" and len(parts) == 3:
+        return f"{parts[1].removesuffix('_s').upper()} {parts[2]} target"
+    if parts[0] == "prices" and len(parts) > 1:
+        return f"Price of {path.removeprefix('prices.')}"
+    return "Rate, times the request's own" if path == "rate" else path
 
 
 def study_view(kind: str, answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +71,9 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "value": quantity(point["value"], unit) if unit else number(point["value"], 4),
                 "ok": point["status"] == "ok",
-                "label": plan_label(point["plan"]) if point.get("plan") else "no plan can run",
+                "label": plan_label(point["plan"], answer["request"])
+                if point.get("plan")
+                else "no plan can run",
                 "plan_id": point["plan_id"],
                 "changed": before is not None and before != point["plan_id"],
                 "front": count(point.get("front")),
@@ -93,7 +105,7 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
                            "label": point["plan_id"]})  # fmt: skip
         svg = charts.line(
             series,
-            x={"label": vary, "unit": unit},
+            x={"label": vary_words(vary), "unit": unit},
             y={"label": words, "unit": chart_unit},
             title=f"{words} over {vary}",
             description=f"{len(series)} values; the table has the numbers.",
@@ -103,9 +115,10 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
             drawn.append({"title": words, "chart": Markup(svg)})
     return {
         "vary": vary,
+        "vary_words": vary_words(vary),
         "rows": rows,
         "charts": drawn,
-        "changes": len(answer["changes"]),
+        "changes": f"changes {times(len(answer['changes']))}" if answer["changes"] else "does not change",
         "wall": quantity(answer["wall_s"], "s"),
         "model": answer["request"]["model"],
         "provenance": answer["provenance"],
@@ -174,11 +187,13 @@ def _fleet_view(answer: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     search = answer["search"]
+    headroom = ((answer.get("request") or {}).get("reserve") or {}).get("headroom")
     return {
         "ok": answer["status"] == "ok",
         "objective": answer["objective"],
         "per_day": quantity(answer["usd_per_day"], "USD/day") if answer["usd_per_day"] is not None else "",
         "periods": periods,
+        "headroom": percent(headroom) + " headroom" if headroom else "",
         "certified": search["certified"],
         "columns": count(search["columns"]),
         "simulated": count(search["simulated"]),

@@ -54,19 +54,31 @@ AXES = {"latency": "Mean end-to-end latency", "ttft": "TTFT p95", "tpot": "TPOT 
 # --- plans in words ----------------------------------------------------------------------------
 
 
-def plan_label(plan: Mapping[str, Any]) -> str:
-    """A plan's short name: `2 × TP4, fp8` or `1 × TP4 prefill + 2 × TP2 decode`."""
+def plan_label(plan: Mapping[str, Any], request: Mapping[str, Any] | None = None) -> str:
+    """A plan's short name: `2 × TP4, fp8` or `1 × TP4 prefill + 2 × TP2 decode`.
+
+    With its request it also says where, if there are several pools: `2 × TP4, fp8 on l40s`.
+    """
+    places = _places(request or {})
     if plan.get("serving") == "disaggregated":
-        parts = [
-            f"{_worker_label(plan[role].get('worker', {}), plan[role].get('replicas', 1))} {role}"
-            for role in ("prefill", "decode")
-            if isinstance(plan.get(role), Mapping)
-        ]
+        parts = [_worker_label(plan[role], places, role) for role in ("prefill", "decode")
+                 if isinstance(plan.get(role), Mapping)]  # fmt: skip
         return " + ".join(parts)
-    return _worker_label(plan.get("worker") or {}, plan.get("replicas", 1))
+    return _worker_label(plan, places)
 
 
-def _worker_label(worker: Mapping[str, Any], replicas: int) -> str:
+def _places(request: Mapping[str, Any]) -> dict[str, str]:
+    """What tells the pools of a request apart: their devices, or their names; nothing for a single pool."""
+    pools = (request.get("cluster") or {}).get("pools") or ()
+    if len(pools) < 2:
+        return {}
+    devices = [pool.get("device") for pool in pools]
+    apart = all(devices) and len(set(devices)) == len(devices)
+    return {pool["name"]: pool["device"] if apart else pool["name"] for pool in pools if "name" in pool}
+
+
+def _worker_label(part: Mapping[str, Any], places: Mapping[str, str], role: str = "") -> str:
+    worker, replicas = part.get("worker") or {}, part.get("replicas", 1)
     degrees = worker.get("parallelism") or {}
     names = {"tensor": "TP", "pipeline": "PP", "attention_data": "ADP", "expert": "EP", "context": "CP"}
     shape = " ".join(
@@ -82,7 +94,10 @@ def _worker_label(worker: Mapping[str, Any], replicas: int) -> str:
         text += f", {formats['kv_cache']} KV"
     if worker.get("gpu_clock_hz"):
         text += f", {worker['gpu_clock_hz'] / 1e6:.0f} MHz"
-    return text
+    if role:
+        text += f" {role}"
+    place = places.get(worker.get("pool", ""))
+    return f"{text} on {place}" if place else text
 
 
 def plan_settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -202,13 +217,15 @@ def bar_of(
     return {"parts": parts, "total": quantity(total, unit), "chart": Markup(svg), "title": title}
 
 
-def plan_view(entry: Mapping[str, Any], slo: Mapping[str, Any]) -> dict[str, Any]:
+def plan_view(entry: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any]:
     """Everything a page shows of one plan."""
+    slo = request.get("slo") or {}
     metrics, ident = entry["metrics"], f"p-{entry['id']}"
     memory = entry.get("memory_bytes_per_device") or {}
     return {
         "id": entry["id"],
-        "label": plan_label(entry["plan"]),
+        "label": plan_label(entry["plan"], request),
+        "batching": batching_words(entry["plan"]),
         "settings": plan_settings(entry["plan"]),
         "yaml": yaml.safe_dump({"plan": entry["plan"]}, sort_keys=False, allow_unicode=True),
         "meets": entry["meets_slo"],
@@ -263,7 +280,7 @@ def scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> li
                 "x": objective_of(first, entry["metrics"]),
                 "y": objective_of(other, entry["metrics"]),
                 "kind": kind_of(entry, front, chosen, infeasible),
-                "label": f"{plan_label(entry['plan'])}: "
+                "label": f"{plan_label(entry['plan'], result['request'])}: "
                 + ", ".join(
                     f"{SHORT[name]} {quantity(objective_of(name, entry['metrics']), OBJECTIVES[name].unit)}"
                     for name in (first, other)
@@ -320,10 +337,34 @@ def targets_of(slo: Mapping[str, Any], entry: Mapping[str, Any] | None) -> list[
                     "value": quantity(value, "s"),
                     "interval": interval(pair, "s") if pair else "",
                     "met": value is None or value <= bound,
-                    "sure": pair is not None and pair[1] <= bound,
+                    "words": _target_words(value, bound, pair),
                 }
             )
     return rows
+
+
+def _target_words(value: float | None, bound: float, pair: Sequence[float] | None) -> str:
+    """What becomes of a target; only plans of the front have intervals to go by."""
+    if value is None:
+        return "not predicted"
+    if value > bound:
+        return "missed"
+    if not pair:
+        return "met"
+    if pair[1] <= bound:
+        return "met, also at the slow end of the interval"
+    return "met; the interval reaches beyond it"
+
+
+def reason_of(result: Mapping[str, Any], chosen: Mapping[str, Any] | None) -> str:
+    """Why the plan at the top of the page is there, as a sentence."""
+    if chosen is None:
+        return ""
+    if result["status"] == "ok":
+        return f"Recommended: {(result.get('recommended') or {}).get('reason', '')}."
+    certified = result["search"]["certified"]
+    none = "No plan meets" if certified else "The search ended before a plan was found that meets"
+    return f"{none} the targets; this one comes nearest: {'; '.join(misses_words(chosen))}."
 
 
 def tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -355,7 +396,7 @@ def tiles(metrics: Mapping[str, Any], pairs: Mapping[str, Any]) -> list[dict[str
         },
         {
             "name": "Cost per M output tokens",
-            "value": f"{number(cost)}\u00a0USD" if cost is not None else MISSING,
+            "value": quantity(cost, "USD/Mtok"),
             "note": f"{quantity(metrics.get('usd_per_hour'), 'USD/h')} for {count(devices)} "
             + ("device" if devices == 1 else "devices"),
         },
@@ -389,10 +430,14 @@ def workload_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Input that a cache could share", percent(summary.get("shared_prefix_share"))),
         (
             "Conversations",
-            f"{count(summary.get('sessions'))}, {number(summary.get('turns_mean'))} turns each",
+            f"{count(summary.get('sessions'))}, {_turns(summary.get('turns_mean'))} each",
         ),
     ]
     return rows
+
+
+def _turns(mean: float | None) -> str:
+    return "1 turn" if mean == 1 else f"{number(mean)} turns"
 
 
 def sources_of(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -455,8 +500,8 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
         "feasible": feasible,
         "model": request["model"],
         "machines": ", ".join(_pool_words(pool) for pool in pools),
-        "reason": (result.get("recommended") or {}).get("reason", ""),
-        "chosen": plan_view(chosen, slo) if chosen else None,
+        "reason": reason_of(result, chosen),
+        "chosen": plan_view(chosen, request) if chosen else None,
         "tiles": tiles(chosen["metrics"], chosen.get("interval") or {}) if chosen else [],
         "targets": targets_of(slo, chosen),
         "objectives": [{"name": AXES[name], "maximise": OBJECTIVES[name].maximise} for name in names],
@@ -464,7 +509,7 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
         "front": [
             {
                 "id": entry["id"],
-                "label": plan_label(entry["plan"]),
+                "label": plan_label(entry["plan"], request),
                 "chosen": entry["id"] == chosen_id,
                 "cells": objective_cells(names, entry["metrics"]),
                 "ttft": quantity((entry["metrics"].get("ttft_s") or {}).get("p95"), "s"),
@@ -474,9 +519,9 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
             }
             for entry in listed
         ],
-        "details": [plan_view(entry, slo) for entry in others[:MAX_DETAILS]],
+        "details": [plan_view(entry, request) for entry in others[:MAX_DETAILS]],
         "details_left_out": max(0, len(others) - MAX_DETAILS),
-        "rejected": rejected_of(result.get("rejected") or ()),
+        "rejected": rejected_of(result.get("rejected") or (), request),
         "search": search_words(result["search"]),
         "workload": workload_rows(result.get("workload") or {}),
         "provenance": result["provenance"],
@@ -501,17 +546,27 @@ def _pool_words(pool: Mapping[str, Any]) -> str:
 
 def batching_of(plan: Mapping[str, Any]) -> str:
     """Sequences at once and tokens in a batch, as `256 / 8,192`."""
+    return " / ".join(_batching(plan))
+
+
+def batching_words(plan: Mapping[str, Any]) -> str:
+    """The same where no heading says which is which; plans of one label often differ in this alone."""
+    sequences, tokens = _batching(plan)
+    return f"{sequences} sequences, {tokens} tokens a step"
+
+
+def _batching(plan: Mapping[str, Any]) -> tuple[str, str]:
     worker = plan.get("worker") or (plan.get("decode") or {}).get("worker") or {}
     batching = worker.get("batching") or {}
-    return f"{count(batching.get('max_num_seqs'))} / {count(batching.get('max_num_batched_tokens'))}"
+    return count(batching.get("max_num_seqs")), count(batching.get("max_num_batched_tokens"))
 
 
-def rejected_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rejected_of(rows: Sequence[Mapping[str, Any]], request: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Reasons with how many plans share each, most first; an example of each."""
     groups: dict[str, dict[str, Any]] = {}
     for row in rows:
         group = groups.setdefault(
-            row["reason"], {"reason": row["reason"], "plans": 0, "label": plan_label(row["plan"])}
+            row["reason"], {"reason": row["reason"], "plans": 0, "label": plan_label(row["plan"], request)}
         )
         group["plans"] += row.get("plans", 1)
     return sorted(groups.values(), key=lambda group: -group["plans"])

@@ -202,6 +202,28 @@ def test_a_draft_is_kept_in_the_browser(page: Any, address: str) -> None:
     until(page, "document.getElementById('model').value === 'qwen3-8b'")
 
 
+def test_what_was_sent_is_no_draft(page: Any, address: str) -> None:
+    asked(page, address, SMALL)
+    page.goto(address)
+    until(page, "document.getElementById('check').textContent !== ''")
+    assert not page.is_visible("#draft")
+
+
+def test_a_refused_form_leads_to_what_is_wrong(page: Any, address: str) -> None:
+    page.goto(address)
+    page.fill("#ttft_ms", "fast")
+    page.wait_for_selector("#yaml-lacks", state="visible")  # the YAML is without the target
+    page.click(".actions.sticky button")
+    page.wait_for_selector(".errors")
+    until(page, "document.activeElement.id === 'ttft_ms'")
+
+
+def test_a_model_is_known_by_its_long_name(page: Any, address: str) -> None:
+    page.goto(address)
+    page.fill("#model", "meta-llama/Llama-3.1-70B-Instruct")
+    until(page, "document.getElementById('model-facts').textContent.includes('70.6 B parameters')")
+
+
 def test_a_search_is_watched_and_cancelled(page: Any, address: str) -> None:
     slow = SMALL.replace("requests: 40", "requests: 20000").replace("llama-3.2-1b", "llama-3.1-8b")
     asked(page, address, slow.replace("devices_per_node: 2", "devices_per_node: 8"))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from web.charts import HEIGHT, KINDS, WIDTH, ranges, scatter, stacked_bar, ticks
+from web.charts import HEIGHT, KINDS, WIDTH, line, ranges, scatter, stacked_bar, ticks
 from web.format import MISSING, count, interval, number, percent, quantity
 
 finite = st.floats(-1e9, 1e9, allow_nan=False).filter(lambda v: v == 0 or abs(v) > 1e-9)
@@ -123,6 +123,9 @@ def test_ranges_show_value_interval_and_target() -> None:
         (None, "s", MISSING),
         (math.inf, "W", MISSING),
         (3.1234, "USD/Mtok", "3.12\u00a0USD"),
+        (2.6, "USD/Mtok", "2.60\u00a0USD"),
+        (0.0612345, "USD/Mtok", "0.0612\u00a0USD"),
+        (15.724, "USD/h", "15.72\u00a0USD/h"),
     ],
 )
 def test_quantities_read_well(value: float | None, unit: str, shown: str) -> None:
@@ -135,3 +138,23 @@ def test_numbers_read_well() -> None:
     assert interval(None, "s") == MISSING
     assert percent(0.123) == "12.3\u00a0%"
     assert count(1234567) == "1,234,567"
+
+
+def test_what_hardly_changes_over_a_sweep_looks_like_it() -> None:
+    points = [
+        {"x": x, "y": y, "ok": True, "label": str(y)}
+        for x, y in ((1.0, 1.3112), (2.0, 1.3115), (3.0, 1.3115))
+    ]
+    told = {"title": "Cost", "description": "three values", "ident": "cost"}
+    svg = line(points, x={"label": "Rate", "unit": ""}, y={"label": "Cost", "unit": "USD/h"}, **told)
+    heights = [float(found) for found in re.findall(r'class="dot" cx="[0-9.]+" cy="([0-9.]+)"', svg)]
+    assert len(heights) == 3
+    assert max(heights) - min(heights) < 1
+
+
+def test_there_is_no_half_device_on_an_axis() -> None:
+    points = [{"x": x, "y": y, "ok": True, "label": str(y)} for x, y in ((0.1, 2), (0.2, 1))]
+    told = {"title": "Devices", "description": "two values", "ident": "devices"}
+    svg = line(points, x={"label": "Target", "unit": "s"}, y={"label": "Devices", "unit": ""}, **told)
+    assert not re.search(">[01][.]5<", svg)
+    assert all(f">{whole}<" in svg for whole in (0, 1, 2))

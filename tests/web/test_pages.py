@@ -16,6 +16,7 @@ from tests.web.conftest import FORM
 from web.assets import fingerprint
 from web.pages import CATALOG_KINDS
 from web.report import render_report
+from web.view import plan_label, targets_of
 
 _VOID = {"meta", "link", "input", "br", "img", "hr", "path", "circle", "rect"}
 
@@ -235,6 +236,21 @@ def test_a_report_of_an_answer_without_a_plan_that_meets_the_targets(missed: dic
     page = re.sub(r"<style>.*?</style>", "", render_report(missed), flags=re.DOTALL)
     checked(page)
     assert "no plan meets the targets" in page
+    assert "this one comes nearest: Time per output token mean is" in unescape(page)
+    assert "front certified" not in page
+
+
+def test_a_target_is_told_by_what_is_known_of_it() -> None:
+    slo = {"tpot_s": {"p95": 0.02}}
+    metrics = {"tpot_s": {"p95": 0.01}}
+
+    def words(interval: dict[str, Any], **more: Any) -> str:
+        return str(targets_of(slo, {"metrics": metrics, "interval": interval, **more})[0]["words"])
+
+    assert words({}) == "met"  # plans beside the front have no interval
+    assert words({"tpot_s": {"p95": [0.005, 0.015]}}) == "met, also at the slow end of the interval"
+    assert words({"tpot_s": {"p95": [0.005, 0.025]}}) == "met; the interval reaches beyond it"
+    assert words({}, metrics={"tpot_s": {"p95": 0.03}}) == "missed"
 
 
 def test_a_report_when_nothing_fits(client: TestClient) -> None:
@@ -242,3 +258,27 @@ def test_a_report_when_nothing_fits(client: TestClient) -> None:
     reply = client.post("/plan", data=data)
     assert reply.status_code in (200, 422)
     assert "weights need" in unescape(reply.text) or "no plan can be built" in unescape(reply.text)
+    assert "Why other plans cannot run" not in reply.text
+
+
+POOLS = {"cluster": {"pools": [{"name": "a", "device": "h100-sxm-80gb"}, {"name": "b", "device": "l40s"}]}}
+TWINS = {"cluster": {"pools": [{"name": "a", "device": "l40s"}, {"name": "b", "device": "l40s"}]}}
+
+
+def worker(pool: str, tensor: int) -> dict[str, Any]:
+    return {"pool": pool, "parallelism": {"tensor": tensor}, "quantization": {"weights": "fp8"}}
+
+
+def test_a_plan_of_several_pools_says_where_it_runs() -> None:
+    plan = {"serving": "aggregated", "replicas": 2, "worker": worker("b", 4)}
+    assert plan_label(plan) == "2 × TP4, fp8"
+    assert plan_label(plan, POOLS) == "2 × TP4, fp8 on l40s"
+    assert plan_label(plan, TWINS) == "2 × TP4, fp8 on b"  # the device tells nothing here
+    assert plan_label(plan, {"cluster": {"pools": POOLS["cluster"]["pools"][1:]}}) == "2 × TP4, fp8"
+    split = {
+        "serving": "disaggregated",
+        "prefill": {"replicas": 1, "worker": worker("a", 2)},
+        "decode": {"replicas": 3, "worker": worker("b", 1)},
+    }
+    told = "1 × TP2, fp8 prefill on h100-sxm-80gb + 3 × TP1, fp8 decode on l40s"
+    assert plan_label(split, POOLS) == told

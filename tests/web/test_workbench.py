@@ -219,6 +219,27 @@ def test_runs_are_listed_named_and_compared(pages: TestClient, store: Store, run
     assert pages.get(f"/compare?run={one}&plan=nothing&plan={plans[0]}").status_code == 404
 
 
+def test_a_run_that_no_plan_fits_says_so(pages: TestClient, store: Store) -> None:
+    machines = {"pools": [{"device": "l4", "nodes": 1, "devices_per_node": 1}]}
+    asked = {**REQUEST, "model": "llama-3.1-70b", "cluster": machines}
+    sent = {"mode": "yaml", "yaml": yaml.safe_dump(asked), "csrf": token(pages)}
+    address = pages.post("/plan", data=sent, follow_redirects=False).headers["location"]
+    work(store)
+    page = checked(pages.get(address).text)
+    assert ">no plan can run</span>" in page
+    assert "Why no plan can run" in page
+    assert f'href="/?from={address.split("/")[-1]}"' in page
+    assert "no plan can run" in pages.get("/runs").text
+    # It has no plan to compare.
+    assert address.split("/")[-1] not in pages.get("/compare").text
+
+
+def test_a_page_that_is_not_there_leads_back(pages: TestClient) -> None:
+    page = pages.get("/runs/0123", headers={"accept": "text/html"})
+    assert page.status_code == 404
+    assert checked(page.text).count('href="/runs"') == 2  # in the navigation and below the words
+
+
 def test_a_waiting_run_is_cancelled(pages: TestClient) -> None:
     sent = {**FORM, "csrf": token(pages), "label": "to be stopped"}
     where = pages.post("/plan", data=sent, follow_redirects=False).headers["location"]

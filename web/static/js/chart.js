@@ -26,9 +26,13 @@ let rescored = -1;
 const number = (value) => value === null || value === undefined ? "–"
   : Number(value.toPrecision(3)).toLocaleString("en", { maximumFractionDigits: 6 });
 
+// An amount with two decimals, as the tables have it.
+const money = (value) => value >= 1 && value < 1000 ? value.toFixed(2) : number(value);
+
 function shown(axis, value) {
   const unit = data.axes[axis].unit;
   if (value === null) return "–";
+  if (unit.startsWith("USD")) return `${money(value)} ${unit}`;
   if (unit === "s") return value < 1 ? `${number(value * 1000)} ms` : `${number(value)} s`;
   return unit ? `${number(value)} ${unit}` : number(value);
 }

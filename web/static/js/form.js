@@ -5,6 +5,7 @@ const yaml = document.getElementById("yaml");
 const yamlErrors = document.getElementById("yaml-errors");
 const check = document.getElementById("check");
 const DRAFT = "planfront-draft";
+const SENT = "planfront-sent";
 let asked = 0;
 let typing = 0;
 
@@ -55,6 +56,8 @@ function showErrors(errors, general) {
   const count = Object.values(errors).flat().length + general.length;
   check.textContent = count ? `${count === 1 ? "One thing" : `${count} things`} to correct${general.length ? `: ${general[0]}` : ""}` : "";
   check.classList.toggle("error-text", count > 0);
+  // Planned from the YAML, a target that cannot be read would be no target at all.
+  document.getElementById("yaml-lacks").hidden = !count;
   return count;
 }
 
@@ -94,6 +97,7 @@ async function yamlChanged() {
       return line;
     }));
     yaml.toggleAttribute("aria-invalid", answer.errors.length > 0);
+    document.getElementById("yaml-lacks").hidden = true;
     if (answer.errors.length) yaml.setAttribute("aria-invalid", "true");
     if (answer.errors.length) {
       check.textContent = "The YAML has something to correct";
@@ -144,7 +148,7 @@ form.addEventListener("click", async (event) => {
 // --- the model in words, a trace sent from here --------------------------------------------------------
 function modelFacts() {
   const name = document.getElementById("model").value.trim().toLowerCase();
-  const option = [...document.querySelectorAll("#models option")].find((o) => o.value === name);
+  const option = [...document.querySelectorAll("#models option")].find((o) => o.value === name || o.dataset.ids.split(" ").includes(name));
   document.getElementById("model-facts").textContent = option ? option.textContent : "";
 }
 
@@ -193,7 +197,13 @@ function save() {
 function offer() {
   let kept = null;
   try { kept = localStorage.getItem(DRAFT); } catch { return; }
-  if (!kept || kept === first || location.search || document.querySelector(".errors")) return;
+  // A refused form is a draft again; one that became a run is none: it can be cloned from there.
+  let sent = null;
+  try {
+    if (document.querySelector(".errors")) { sessionStorage.removeItem(SENT); return; }
+    sent = sessionStorage.getItem(SENT);
+  } catch { /* nothing is known of it */ }
+  if (!kept || kept === first || kept === sent || location.search) return;
   const box = document.getElementById("draft");
   box.hidden = false;
   document.getElementById("draft-take").addEventListener("click", () => {
@@ -216,6 +226,12 @@ async function begin() {
     if (mine === asked && !showErrors(answer.errors, answer.general)) ready(answer.space);
   } catch { /* it is a hint */ }
 }
+form.addEventListener("submit", (event) => {
+  save();
+  if (!["form", "yaml"].includes(event.submitter?.value)) return;
+  try { sessionStorage.setItem(SENT, yaml.value); } catch { /* a private window keeps none */ }
+});
 dressed();
 offer();
 begin();
+document.querySelector('.errors ~ form [aria-invalid="true"]')?.focus();
