@@ -2,10 +2,10 @@
 
     log time = log(alpha + b w + c sqrt(w)) + s(log2 w),   w the bytes
 
-with alpha, b, c >= 0 fitted to relative errors and s the mean of a Gaussian process (Matern 3/2; Rasmussen and
-Williams, Gaussian Processes for Machine Learning, 2006, eq. 4.17), kept as a linear spline with a knot for
-every doubling. Beyond the measured sizes s keeps its last value. Engines switch algorithms and protocols with
-size, which no closed form follows; sizes left out are met to 5 %.
+with alpha, b, c >= 0 fitted to relative errors and s the mean of a Gaussian process (Matern 3/2; Rasmussen
+and Williams, Gaussian Processes for Machine Learning, 2006, eq. 4.17), kept as a linear spline with a knot
+for every doubling. Beyond the measured sizes s keeps its last value. Engines switch algorithms and protocols
+with size, which no closed form follows; sizes left out are met to 5 %.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def describe(size_bytes: FloatArray, seconds: FloatArray) -> dict[str, Any]:
     for out in range(1, len(seconds) - 1):
         rest = np.arange(len(seconds)) != out
         some = fit_curve(size_bytes[rest], seconds[rest])
-        guess = np.log(_form(some[0], size_bytes[out])) + np.interp(np.log2(size_bytes[out]), some[1], some[2])
+        guess = np.log(_form(some[0], size_bytes[out]))
+        guess += np.interp(np.log2(size_bytes[out]), some[1], some[2])
         left.append(float(np.log(seconds[out]) - guess))
     errors = np.array(left)
     found["mape"] = round(float(np.mean(np.abs(np.expm1(-errors)))), 4)
