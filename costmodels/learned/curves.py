@@ -2,10 +2,9 @@
 
     log time = log(alpha + b w + c sqrt(w)) + s(log2 w),   w the bytes
 
-with alpha, b, c >= 0 fitted to relative errors and s the mean of a Gaussian process (Matern 3/2; Rasmussen
-and Williams, Gaussian Processes for Machine Learning, 2006, eq. 4.17), kept as a linear spline with a knot
-for every doubling. Beyond the measured sizes s keeps its last value. Engines switch algorithms and protocols
-with size, which no closed form follows; sizes left out are met to 5 %.
+with alpha, b, c >= 0 fitted to relative errors and s the mean of a Gaussian process (`process.matern`) kept
+as a linear spline with a knot for every doubling. Beyond the measured sizes s keeps its last value. Engines
+switch algorithms and protocols with size, which no closed form follows; sizes left out are met to 5 %.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from costmodels.learned.process import matern
 from costmodels.learned.store import collective_curves, memory_curves
 from costmodels.ops import Collective, Elementwise, FloatArray
 from hardware.device import CommGroup, Device
@@ -27,8 +27,7 @@ _NOISE = 0.1
 
 def _alike(one: FloatArray, other: FloatArray) -> FloatArray:
     """[n, m] covariance of what two sizes [log2 bytes] miss, of unit variance."""
-    apart = np.sqrt(3.0) * np.abs(one[:, None] - other[None, :]) / _REACH
-    return np.asarray((1.0 + apart) * np.exp(-apart))
+    return matern(((one[:, None] - other[None, :]) / _REACH) ** 2)[0]
 
 
 def _form(terms: FloatArray, size_bytes: FloatArray) -> FloatArray:

@@ -61,7 +61,7 @@ class Process:
             # would make an answer hang on what it was asked with.
             products = np.einsum("nf,af->na", part, anchors)
             apart = (part**2).sum(axis=1)[:, None] + squared - 2.0 * products
-            found[start : start + _CHUNK] = (_matern(apart)[0] * self.weights).sum(axis=1)
+            found[start : start + _CHUNK] = (matern(apart)[0] * self.weights).sum(axis=1)
         return np.asarray(found + self.base)
 
     def scaled(self, factor: float) -> Process:
@@ -113,7 +113,7 @@ def fit_process(features: Matrix, target: FloatArray, seed: int, search: Search 
             options={"maxiter": search.steps},
         )  # fmt: skip
         height, noise, *length = np.exp(found.x)
-        kernel, _ = _matern(_apart(rows / length))
+        kernel, _ = matern(_apart(rows / length))
         kernel = height * kernel + noise * np.eye(len(rows))
         weights = cho_solve(cho_factor(kernel, lower=True), told) * height * unit
     return Process(
@@ -139,7 +139,7 @@ def unlikelihood(at: FloatArray, rows: FloatArray, told: FloatArray) -> tuple[fl
 
     height, noise, *length = np.exp(at)
     count, near = len(rows), rows / length
-    shape, fall = _matern(_apart(near))
+    shape, fall = matern(_apart(near))
     try:
         factor = cho_factor(height * shape + noise * np.eye(count), lower=True)
     except np.linalg.LinAlgError:
@@ -160,7 +160,7 @@ def _apart(rows: FloatArray) -> FloatArray:
     return np.asarray(squared[:, None] + squared - 2.0 * (rows @ rows.T))
 
 
-def _matern(apart: FloatArray) -> tuple[FloatArray, FloatArray]:
+def matern(apart: FloatArray) -> tuple[FloatArray, FloatArray]:
     """The kernel at squared distances of rows scaled by their lengths, and exp(-distance) in its unit."""
     far = np.sqrt(3.0 * np.maximum(apart, 0.0))
     fall = np.exp(-far)
