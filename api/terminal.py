@@ -15,12 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hardware.units import format_bytes, format_rate, format_seconds
+from planner.explain import nearest_ways
 from planner.objectives import OBJECTIVES
 from planner.search.base import Progress
 from planner.search.gap import gap_words
 
 PLOT_COLUMNS, PLOT_ROWS = 64, 14
-MAX_ROWS, MAX_REASONS = 24, 3
+MAX_ROWS, MAX_REASONS, MAX_NEAREST = 24, 3, 5
 
 
 def _share(value: float | None, digits: int) -> str:
@@ -117,21 +118,37 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "e2e"}
+
+
+def _above(entry: Mapping[str, Any]) -> str:
+    """`TTFT p95 +337 %`, a line for each bound that is missed."""
+    return "\n".join(
+        f"{_LATENCIES[miss['metric']]} {miss['statistic']} {100 * miss['distance']:+,.0f} %"
+        for miss in entry["slo_misses"]
+    )
+
+
 _COLUMNS = ("GPUs", "e2e mean", "TTFT p95", "TPOT p95", "tok/s", "J/tok", "memory", "$/Mtok")
 
 
-def _table(entries: Sequence[Mapping[str, Any]], best: str | None, *, pool: bool) -> Table:
+def _table(
+    entries: Sequence[Mapping[str, Any]], best: str | None, *, pool: bool, misses: bool = False
+) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     table.add_column("plan", overflow="fold")
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
+    if misses:
+        table.add_column("above the SLO", no_wrap=True)
     for entry in entries:
         chosen = entry["id"] == best
         table.add_row(
             "*" if chosen else "",
             plan_words(entry["plan"], pool=pool),
             *_cells(entry),
+            *([_above(entry)] if misses else []),
             style="bold" if chosen else "",
         )
     return table
@@ -250,25 +267,23 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
             out.print()
             out.print(Text(drawn))
     elif result["plans"]:
-        nearest = sorted(
-            result["plans"], key=lambda e: max((m["distance"] for m in e["slo_misses"]), default=0.0)
-        )
-        out.print(Text("No plan meets the SLO. The nearest:"), style="bold")
-        out.print(_table(nearest[:5], None, pool=pool))
-        for entry in nearest[:5]:
-            missed = ", ".join(
-                f"{m['metric']} {m['statistic']} is {format_seconds(m['value_s'])}, "
-                f"{100 * m['distance']:.0f} % above {format_seconds(m['bound_s'])}"
-                for m in entry["slo_misses"]
-            )
-            out.print(Text(f"  {plan_words(entry['plan'], pool=pool)}: {missed}"))
+        out.print(Text("No plan meets the SLO. The nearest, each with its best batching:"), style="bold")
+        out.print(_table(nearest_ways(result["plans"], MAX_NEAREST), None, pool=pool, misses=True))
     else:
         out.print(Text("No plan can serve this."), style="bold")
     if result["recommended"]:
         out.print()
         chosen = by_id.get(best or "")
         words = plan_words(chosen["plan"], pool=pool) if chosen else str(best)
-        out.print(Text.assemble(("Recommended", "bold"), f" {words}: {result['recommended']['reason']}."))
+        title = "Recommended" if result["status"] == "ok" else "Nearest"
+        out.print(Text.assemble((title, "bold"), f" {words}: {result['recommended']['reason']}."))
+        rivals = Table(box=None, pad_edge=False, show_header=False)
+        rivals.add_column(overflow="fold")
+        rivals.add_column(overflow="fold", style="dim")
+        for words, changed in instead(result):
+            rivals.add_row("or " + words, changed)
+        if rivals.row_count:
+            out.print(rivals)
     out.print()
     front_words = "the front is certified" if search["certified"] else "the front is not certified"
     why = f" ({search['reason']})" if search.get("reason") else ""
@@ -298,6 +313,37 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
             plan = row.get("plan") or by_id.get(row.get("plan_id"), {}).get("plan")
             words = plan_words(plan, pool=pool) if plan else row.get("label", "")
             out.print(Text(f"  {row['words']}: {words}"))
+
+
+def instead(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Plans that who wants something else takes, and what they change: the best of the front in each other
+    objective, and under an SLO the cheapest simulated plan that meets it where cost is no objective."""
+    by_id = {entry["id"]: entry for entry in result["plans"]}
+    chosen_id, request = result["recommended"]["plan_id"], result["request"]
+    changes: dict[str, list[str]] = {}
+    for row in result["recommended"].get("trade_offs") or ():
+        if row["plan_id"] not in changes:
+            shares = [(row["objective"], -row["gain"]), *row["price"].items()]
+            changes[row["plan_id"]] = [f"{name} {_change(name, share)}" for name, share in shares]
+    if "cost" not in request["objectives"] and any((request.get("slo") or {}).values()):
+        cost = OBJECTIVES["cost"].metric
+        meet = [entry for entry in result["plans"] if entry["meets_slo"]]
+        own = by_id[chosen_id]["metrics"][cost]
+        cheapest = min(meet, key=lambda entry: float(entry["metrics"][cost]), default=by_id[chosen_id])
+        least = cheapest["metrics"][cost]
+        if least < 0.995 * own:
+            words = f"cheapest that meets the SLO (${least:.2f}/Mtok, not ${own:.2f})"
+            changes.setdefault(cheapest["id"], []).append(words)
+    pool = _several_pools(result)
+    return [
+        (plan_words(by_id[ident]["plan"], pool=pool), ", ".join(words)) for ident, words in changes.items()
+    ]
+
+
+def _change(objective: str, share: float) -> str:
+    """With its sign; `share` is above zero where a plan is worse."""
+    share = -share if OBJECTIVES[objective].maximise else share
+    return f"{100 * share:+,.0f} %" if abs(share) >= 0.005 else "as good"
 
 
 def _cluster(request: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ All words come with numbers that the result itself holds.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -66,6 +67,29 @@ def recommend(
                 else f"{words} {100 * gap:.0f} % {side} the best"
             )
     return chosen, f"the knee of a front of {len(front)}: it has " + ", ".join(parts)
+
+
+def nearest_ways(entries: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """Of simulated plans (entries of a result) that all miss the SLO, those that come nearest, nearest first.
+
+    Of each way of cutting and storing the model only the one with the best batching: else its others would
+    fill the list.
+    """
+    by_way: dict[str, Mapping[str, Any]] = {}
+    for entry in sorted(entries, key=miss_distance):
+        by_way.setdefault(json.dumps(_unbatched(entry["plan"]), sort_keys=True), entry)
+    return list(by_way.values())[:most]
+
+
+def miss_distance(entry: Mapping[str, Any]) -> float:
+    """How far the bound that a plan misses most lies behind it, as a share of the bound; 0: it meets all."""
+    return max((float(miss["distance"]) for miss in entry.get("slo_misses") or ()), default=0.0)
+
+
+def _unbatched(plan: Any) -> Any:
+    if not isinstance(plan, Mapping):
+        return plan
+    return {name: _unbatched(value) for name, value in plan.items() if name != "batching"}
 
 
 # --- the knee --------------------------------------------------------------------------------------

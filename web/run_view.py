@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from hardware import InputError
+from planner.explain import miss_distance, nearest_ways
 from planner.exports import export_result
 from planner.objectives import OBJECTIVES
 from web import reasons
 from web.format import MISSING, count, quantity
 from web.view import (
     AXES,
+    MAX_NEAREST,
     batching_of,
     batching_words,
     kind_of,
@@ -71,15 +73,16 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
                 "misses": misses_words(entry),
                 "order": (
                     _ORDER[kind],
-                    max((m["distance"] for m in entry.get("slo_misses", ())), default=0.0),
+                    miss_distance(entry),
                     _finite(objective_of(names[0], entry["metrics"])),
                 ),
             }
         )
     rows.sort(key=lambda row: row["order"])
     if not feasible:
-        for row in rows[1:12]:
-            row["kind"] = "nearest" if row["kind"] == "misses" else row["kind"]
+        near = {entry["id"] for entry in nearest_ways(result["plans"], MAX_NEAREST)}
+        for row in rows:
+            row["kind"] = "nearest" if row["id"] in near and row["kind"] == "misses" else row["kind"]
     command, command_problem = "", ""
     if chosen:
         try:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from planner.explain import nearest_ways
 from planner.objectives import OBJECTIVES
 from web import charts
 from web.format import MISSING, count, interval, number, percent, quantity
@@ -489,10 +490,7 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
     names = [name for name in request.get("objectives", ()) if name in OBJECTIVES] or ["latency", "energy"]
     listed = [entries[ident] for ident in result["front"] if ident in entries]
     if not feasible:
-        listed = sorted(
-            result["plans"],
-            key=lambda entry: max((miss["distance"] for miss in entry.get("slo_misses", ())), default=0.0),
-        )[:MAX_NEAREST]
+        listed = list(nearest_ways(result["plans"], MAX_NEAREST))
     listed.sort(key=lambda entry: _sortable(objective_of(names[0], entry["metrics"])))
     others = [entry for entry in listed if entry["id"] != chosen_id]
     pools = request["cluster"]["pools"]

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from api.cli import BAD_INPUT, CATALOGS, DONE, FAULT, INTERRUPTED, NO_PLAN, main
+from api.terminal import instead, plan_words
 from planner import Planner
+from planner.objectives import objective_value
 from tests.api.conftest import ROOT, Captured, Save, command, error_of, python, small_request, synthetic
 
 PLAN: dict[str, Any] = {"worker": {"parallelism": {"tensor": 2}}}
@@ -60,7 +62,11 @@ def test_plan_from_standard_input_in_yaml() -> None:
 def test_plan_is_3_when_no_plan_meets_the_slo(save: Save, capsys: Captured) -> None:
     request = small_request(slo={"ttft_s": {"p95": 1e-6}})
     assert main(["plan", save(request), "--quiet"]) == NO_PLAN
-    assert "No plan meets the SLO" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No plan meets the SLO. The nearest, each with its best batching:" in out
+    assert "TTFT p95" in out
+    assert "Nearest " in out
+    assert "Recommended" not in out
     assert main(["plan", save(request), "--quiet", "--json", "-"]) == NO_PLAN
     result = json.loads(capsys.readouterr().out)
     assert (result["status"], result["front"]) == ("infeasible", [])
@@ -76,6 +82,34 @@ def test_plans_on_several_pools_say_on_which(save: Save, capsys: Captured) -> No
     assert all(", on big" in line or ", on small" in line for line in rows)
     assert main(["plan", save(small_request()), "--quiet"]) == DONE
     assert ", on main" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objectives", [["latency", "energy", "throughput"], ["tpot", "cost"]])
+def test_what_to_take_for_another_aim_and_what_it_changes(objectives: list[str], save: Save) -> None:
+    request = small_request(objectives=objectives, slo={"e2e_s": {"p95": 600.0}})
+    result = Planner().plan(request).model_dump(mode="json")
+    by_id = {entry["id"]: entry for entry in result["plans"]}
+    chosen = by_id[result["recommended"]["plan_id"]]["metrics"]
+    told = dict(instead(result))
+    assert told
+    for name in objectives:
+        best = min(
+            (by_id[ident] for ident in result["front"]), key=lambda e: objective_value(name, e["metrics"])
+        )
+        # Throughput is negated in both, so that more of it is a ratio above one.
+        ratio = objective_value(name, best["metrics"]) / objective_value(name, chosen)
+        if ratio != 1.0:
+            words = told[plan_words(best["plan"])]
+            assert f"{name} {100 * (ratio - 1):+,.0f} %" in words or f"{name} as good" in words
+    cheapest = min(
+        (e for e in result["plans"] if e["meets_slo"]),
+        key=lambda e: e["metrics"]["usd_per_million_output_tokens"],
+    )
+    dearer = (
+        chosen["usd_per_million_output_tokens"] > 1.005 * cheapest["metrics"]["usd_per_million_output_tokens"]
+    )
+    says = "cheapest that meets the SLO" in told.get(plan_words(cheapest["plan"]), "")
+    assert says == (dearer and "cost" not in objectives)
 
 
 def test_of_conversations_the_beginnings_have_the_rate(save: Save, capsys: Captured) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from planner.evaluate import Evaluation
-from planner.explain import relaxed_slos, robustness, too_close, trade_offs, variations
+from planner.explain import (
+    miss_distance,
+    nearest_ways,
+    relaxed_slos,
+    robustness,
+    too_close,
+    trade_offs,
+    variations,
+)
 from planner.objectives import objective_vector, slo_misses
 from planner.pipeline import Planner
 from planner.search import Judged
@@ -167,3 +175,33 @@ def test_a_front_tells_its_regret_and_trades(planner: Planner) -> None:
     assert result.search.gap is not None
     assert result.search.gap["open"] == 0
     assert result.search.gap["hypervolume"]["ratio"] == pytest.approx(1.0)
+
+
+def missed(tensor: int, sequences: int, *distances: float) -> dict[str, Any]:
+    worker = {"parallelism": {"tensor": tensor}, "batching": {"max_num_seqs": sequences}}
+    return {
+        "id": f"{tensor}-{sequences}",
+        "plan": {"serving": "aggregated", "replicas": 1, "worker": worker},
+        "slo_misses": [{"metric": "ttft_s", "distance": distance} for distance in distances],
+    }
+
+
+def test_of_each_way_only_the_nearest_batching_is_listed() -> None:
+    entries = [missed(2, 8, 0.5, 0.1), missed(2, 64, 0.4), missed(4, 8, 0.45), missed(4, 64, 0.45)]
+    entries.append(missed(8, 8, 9.0))
+    assert [miss_distance(entry) for entry in entries] == [0.5, 0.4, 0.45, 0.45, 9.0]
+    assert [entry["id"] for entry in nearest_ways(entries, 5)] == ["2-64", "4-8", "8-8"]
+    assert [entry["id"] for entry in nearest_ways(entries, 2)] == ["2-64", "4-8"]
+    assert nearest_ways([], 3) == []
+    assert miss_distance({"slo_misses": []}) == 0.0
+
+
+def test_halves_of_a_disaggregated_plan_are_told_apart_by_all_but_batching() -> None:
+    def halves(prefill: dict[str, Any], decode: dict[str, Any], distance: float) -> dict[str, Any]:
+        plan = {"prefill": {"replicas": 1, "worker": prefill}, "decode": {"replicas": 1, "worker": decode}}
+        return {"id": f"{distance}", "plan": plan, "slo_misses": [{"distance": distance}]}
+
+    one, two = ({"tensor": n, "batching": {"max_num_seqs": n}} for n in (1, 2))
+    other = {"tensor": 1, "batching": {"max_num_seqs": 64}}
+    entries = [halves(one, two, 0.3), halves(other, two, 0.2), halves(two, two, 0.4)]
+    assert [entry["id"] for entry in nearest_ways(entries, 9)] == ["0.2", "0.4"]
