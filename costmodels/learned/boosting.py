@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from costmodels.learned.grown import from_boosting, from_lightgbm
-from costmodels.learned.trees import Trees, shortened
+from costmodels.learned.grown import from_boosting, from_lightgbm, from_lightgbm_slopes
+from costmodels.learned.trees import Trees, nothing, shortened
 from costmodels.ops import FloatArray
 
 
@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 SETTINGS: dict[str, Setting] = {
     "gemm": Setting(264, 63, 0.115, 8, 0.6),
     "prefill": Setting(300, 31, 0.08, 8, 0.6),
-    "decode": Setting(290, 95, 0.12, 8),
+    "decode": Setting(145, 95, 0.2, 8),
     "moe": Setting(188, 31, 0.1, 12),
     "mla_prefill": Setting(150, 15, 0.08, 8, 0.5),
     "mla_decode": Setting(300, 15, 0.1, 8),
@@ -48,6 +48,8 @@ SETTINGS: dict[str, Setting] = {
 #: Thresholds a feature: more err no less, and the files are a fifth smaller than with 255.
 _BINS = 64
 _RIDGE = 0.3
+#: What holds planes level.
+_LEVEL = 1.0
 #: A fit that only shows how far off it is has so many times fewer trees, each going so much further: of
 #: half of them the error is 1 to 4 % larger (of a third 3 to 10 %).
 _BRIEF = 2.0
@@ -76,28 +78,48 @@ def boosted(
     absolute: bool = False,
 ) -> Trees:
     """Trees of a family's size (or one that is given); `absolute`: of least absolute, not squared, errors."""
-    size = SETTINGS[family] if isinstance(family, str) else family
-    cut = _BRIEF if brief else 1.0
-    size = size._replace(trees=int(size.trees / cut), rate=size.rate * cut)
+    size = _sized(family, brief)
     fit = _by_sklearn if _lightgbm() is None else _by_lightgbm
     return shortened(fit(features, np.asarray(target, np.float64), size, seed, absolute), features)
 
 
+def sloping(features: Any, target: FloatArray, size: Setting, seed: int, *, brief: bool = False) -> Trees:
+    """Trees whose leaves are planes over the features that their paths ask about (scikit-learn has none:
+    there they are as flat as others)."""
+    if _lightgbm() is None:
+        return boosted(features, target, size, seed, brief=brief)
+    size, target = _sized(size, brief), np.asarray(target, np.float64)
+    base = float(np.mean(target))
+    booster = _boosted(features, target - base, size, seed, {"linear_tree": True, "linear_lambda": _LEVEL})
+    return replace(nothing(), smooth=(from_lightgbm_slopes(booster, base, features),))
+
+
+def _sized(family: str | Setting, brief: bool) -> Setting:
+    size = SETTINGS[family] if isinstance(family, str) else family
+    cut = _BRIEF if brief else 1.0
+    return size._replace(trees=int(size.trees / cut), rate=size.rate * cut)
+
+
 def _by_lightgbm(features: Any, target: FloatArray, size: Setting, seed: int, absolute: bool) -> Trees:
+    base = float(np.median(target) if absolute else np.mean(target))
+    more = {"objective": "l1"} if absolute else {}
+    return from_lightgbm(_boosted(features, target - base, size, seed, more), base)
+
+
+def _boosted(features: Any, target: FloatArray, size: Setting, seed: int, more: dict[str, Any]) -> Any:
+    """LightGBM's booster."""
     import lightgbm
 
     settings = {
-        "objective": "l1" if absolute else "l2", "num_leaves": size.leaves, "learning_rate": size.rate,
+        "objective": "l2", "num_leaves": size.leaves, "learning_rate": size.rate,
         "min_data_in_leaf": size.least, "min_sum_hessian_in_leaf": 0.0, "lambda_l2": _RIDGE,
         "feature_fraction": size.share, "max_bin": _BINS, "min_data_in_bin": 1, "seed": seed,
         # Processes share the work; threads of one fit would only wait for each other.
         "num_threads": 1, "deterministic": True, "force_row_wise": True, "boost_from_average": False,
-        "verbose": -1,
+        "verbose": -1, **more,
     }  # fmt: skip
-    base = float(np.median(target) if absolute else np.mean(target))
-    rows = lightgbm.Dataset(features, target - base, params=settings)
-    trees = from_lightgbm(lightgbm.train(settings, rows, num_boost_round=size.trees))
-    return replace(trees, base=base)
+    rows = lightgbm.Dataset(features, target, params=settings)
+    return lightgbm.train(settings, rows, num_boost_round=size.trees)
 
 
 def _by_sklearn(features: Any, target: FloatArray, size: Setting, seed: int, absolute: bool) -> Trees:

@@ -2,8 +2,10 @@
 
 Target: log(measured / closed form). Attention over prompts is first fitted by a small network, as it varies
 smoothly with sizes; trees fit the rest. The answer for a GEMM and for experts is the mean of two: trees on
-physics alone, and trees that correct a network, or in 16 bits also see what was measured around a GEMM. That
-for a table of few rows is the mean of trees and a Gaussian process.
+physics alone, and trees that correct a network, or in 16 bits also see what was measured around a GEMM; in
+fp8 it is the mean of three, the last of them trees whose leaves slope. That for decode attention is the mean
+of trees with flat leaves and of trees with sloping ones; that for a table of few rows the mean of trees and a
+Gaussian process.
 
 This and its neighbours `boosting`, `train_*`, `net` and `process` are the only door to scikit-learn.
 """
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from costmodels.learned.boosting import SETTINGS, Setting, boosted
+from costmodels.learned.boosting import SETTINGS, Setting, boosted, sloping
 from costmodels.learned.data import Problem
 from costmodels.learned.neighbours import measured_around
 from costmodels.learned.net import LARGE, SMALL, Layers, fit_net
@@ -35,6 +37,12 @@ GRIDDED, _HALF = (("gemm", "bf16"),), 0.45
 #: Families whose other predictors are the mean of two: trees alone, and trees that correct a small network.
 #: They err apart: GEMMs of narrow formats gain 2 to 30 %, experts of models never seen 10.
 HEDGED = ("gemm", "moe")
+#: Decode attention is the mean of flat trees and of trees whose leaves slope (decision 0023). Time rises with
+#: every size there, which flat leaves can only follow in stairs.
+_SLOPES = Setting(100, 95, 0.2, 12)
+#: Of GEMMs in fp8: the sizes of the flat trees, alone and upon a network, and of sloping ones. Other formats
+#: gain nothing by three parts.
+_IN_FP8, _SLOPES_FP8 = Setting(80, 63, 0.15, 8, 0.6), Setting(60, 63, 0.25, 50)
 #: Few rows are told apart by few others: small leaves. Trees hold what they saw at an edge, where a process
 #: falls back to its mean: it errs less within what was measured, and by half more beyond.
 _FEW, _FEW_APART = Setting(120, 15, 0.15, 3, 0.5), 0.2
@@ -70,6 +78,15 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
         features, target = _and_beyond(problem, batch, chosen, features, target, seed)
     size = SETTINGS[family]
     half = size._replace(trees=int(size.trees * _HALF))
+    if family == "decode":
+        first = boosted(features, target, size, seed, brief=brief)
+        second = sloping(features, target, _SLOPES, seed, brief=brief)
+        return _hedged(first, second, _APART, features)
+    if problem.kind == ("gemm", "fp8"):
+        first = boosted(features, target, _IN_FP8, seed, brief=brief)
+        upon_net = _upon_net(*measured, _IN_FP8, SMALL, seed, brief)
+        second = _hedged(upon_net, sloping(*measured, _SLOPES_FP8, seed, brief=brief), _APART, measured[0])
+        return _hedged(first, second, _APART, measured[0], share=2 / 3)
     if near is None and family in HEDGED:
         first = boosted(features, target, half, seed, brief=brief)
         second = _upon_net(*measured, half, SMALL, seed, brief)
@@ -98,9 +115,9 @@ def like_its_neighbours(raw: FloatArray, target: FloatArray) -> npt.NDArray[np.b
     return sound
 
 
-def _hedged(first: Trees, second: Trees, apart: float, measured: Matrix) -> Trees:
-    """The mean of both within the measured tokens (the first feature); the second knows nothing beyond."""
-    return replace(nothing(), smooth=(Hedged(first, second, apart, float(measured[:, 0].max())),))
+def _hedged(first: Trees, second: Trees, apart: float, measured: Matrix, share: float = 0.5) -> Trees:
+    """Between both within the measured tokens (the first feature); the second knows nothing beyond."""
+    return replace(nothing(), smooth=(Hedged(first, second, apart, float(measured[:, 0].max()), share),))
 
 
 def _upon_net(

@@ -2,35 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from costmodels.learned.trees import LEAF, Trees, flat
+from costmodels.learned.slopes import LEAF
+from costmodels.learned.trees import Matrix, Sloped, Trees, flat, sloped
 
 Columns = tuple[npt.NDArray[Any], ...]
 
 
-def from_lightgbm(booster: Any) -> Trees:
-    """A fitted LightGBM booster, read from the text that it saves."""
-    trees = []
-    for text in booster.model_to_string().split("\nTree=")[1:]:
-        told = dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
-        values = np.array(told["leaf_value"].split(), np.float64)
-        inner = len(values) - 1
-        leaf = np.arange(2 * inner + 1) >= inner
-        children = np.zeros((len(leaf), 2), np.int64)
-        feature, threshold, value = np.full(len(leaf), LEAF), *np.zeros((2, len(leaf)))
-        value[leaf] = values
-        if inner:
-            feature[~leaf] = np.array(told["split_feature"].split(), np.int64)
-            threshold[~leaf] = np.array(told["threshold"].split(), np.float64)
-            sides = np.array([told[side].split() for side in ("left_child", "right_child")], np.int64).T
-            # A leaf is a child below zero, ~0 the first of them: here they stand behind the inner nodes.
-            children[~leaf] = np.where(sides < 0, inner + ~sides, sides)
+def from_lightgbm(booster: Any, base: float = 0.0) -> Trees:
+    """A fitted LightGBM booster, read from the text that it saves, upon `base`."""
+    return _together([_in_preorder(*_lightgbm_tree(told)) for told in _lightgbm_text(booster)], base)
+
+
+def from_lightgbm_slopes(booster: Any, base: float, features: Matrix) -> Sloped:
+    """A fitted LightGBM booster whose leaves are planes; `features` [n, f]: the rows it was fitted on."""
+    trees, leaves = [], []
+    for told in _lightgbm_text(booster):
+        leaf, children, feature, threshold, value = _lightgbm_tree(told)
+        value[leaf] = np.arange(leaf.sum())  # to find each leaf again where it will stand
         trees.append(_in_preorder(leaf, children, feature, threshold, value))
-    return _together(trees, 0.0)
+        constant = np.array(told.get("leaf_const", told["leaf_value"]).split(), np.float64)
+        counts = np.array(told.get("num_features", "0 " * leaf.sum()).split(), np.int64)
+        ends = np.cumsum(counts)
+        leans = np.array(told.get("leaf_features", "").split(), np.int64)
+        slopes = np.array(told.get("leaf_coeff", "").split(), np.float64)
+        names, thresholds, places = trees[-1]
+        trees[-1] = names, thresholds, np.zeros(len(places))
+        for at in places[names == LEAF].astype(np.int64):
+            own = slice(ends[at] - counts[at], ends[at])
+            leaves.append((constant[at], leans[own], slopes[own]))
+    found = sloped(_together(trees, base), leaves, features)
+    # Levels are rounded to whole steps: what is left of that on average the base takes back.
+    moved = float(np.mean(found.predict(features) - booster.predict(features))) - base
+    return replace(found, trees=replace(found.trees, base=found.trees.base - moved))
+
+
+def _lightgbm_text(booster: Any) -> Iterator[dict[str, str]]:
+    """What the text of each tree tells."""
+    for text in booster.model_to_string().split("\nTree=")[1:]:
+        yield dict(line.split("=", 1) for line in text.split("\n") if "=" in line)
+
+
+def _lightgbm_tree(told: dict[str, str]) -> tuple[Any, Any, Any, Any, Any]:
+    """leaf, children, feature, threshold and value of a tree's nodes, the root first."""
+    values = np.array(told["leaf_value"].split(), np.float64)
+    inner = len(values) - 1
+    leaf = np.arange(2 * inner + 1) >= inner
+    children = np.zeros((len(leaf), 2), np.int64)
+    feature, threshold, value = np.full(len(leaf), LEAF), *np.zeros((2, len(leaf)))
+    value[leaf] = values
+    if inner:
+        feature[~leaf] = np.array(told["split_feature"].split(), np.int64)
+        threshold[~leaf] = np.array(told["threshold"].split(), np.float64)
+        sides = np.array([told[side].split() for side in ("left_child", "right_child")], np.int64).T
+        # A leaf is a child below zero, ~0 the first of them: here they stand behind the inner nodes.
+        children[~leaf] = np.where(sides < 0, inner + ~sides, sides)
+    return leaf, children, feature, threshold, value
 
 
 def from_boosting(model: Any) -> Trees:

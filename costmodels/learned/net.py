@@ -64,7 +64,8 @@ class Net:
         return {
             "sizes": np.array([w.shape[0] for w in self.weights], np.int64),
             "range": np.stack([self.mean, self.scale, self.low, self.high]).astype(np.float32),
-            "weights": np.concatenate(flat).astype(np.float16),
+            # All first bytes, then all second ones: each kind is alike.
+            "weights": np.ascontiguousarray(np.concatenate(flat).view(np.uint8).reshape(-1, 2).T).reshape(-1),
             "unit": np.array([self.unit]),
         }
 
@@ -72,11 +73,12 @@ class Net:
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Net:
         """The network that `arrays` describes."""
         sizes = [*arrays["sizes"].tolist(), 1]
-        weights, biases, at = [], [], 0
+        planes = arrays["weights"].reshape(2, -1)
+        flat, weights, biases, at = np.ascontiguousarray(planes.T).reshape(-1).view(np.float16), [], [], 0
         for rows, cols in itertools.pairwise(sizes):
-            weights.append(arrays["weights"][at : at + rows * cols].reshape(rows, cols))
+            weights.append(flat[at : at + rows * cols].reshape(rows, cols))
             at += rows * cols
-            biases.append(arrays["weights"][at : at + cols])
+            biases.append(flat[at : at + cols])
             at += cols
         mean, scale, low, high = arrays["range"]
         return cls(mean, scale, low, high, tuple(weights), tuple(biases), float(arrays["unit"][0]))
@@ -118,7 +120,14 @@ def fit_net(
         scale,
         rows.min(axis=0),
         rows.max(axis=0),
-        tuple(weight.astype(np.float16) for weight in model.coefs_),
-        tuple(bias.astype(np.float16) for bias in model.intercepts_),
+        tuple(_short(weight) for weight in model.coefs_),
+        tuple(_short(bias) for bias in model.intercepts_),
         unit,
     )
+
+
+def _short(weights: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
+    """Half precision with five of its ten bits of fraction: what that moves (a thousandth) the trees upon a
+    network put right, and files of attention are a tenth smaller."""
+    bits = weights.astype(np.float16).view(np.uint16).astype(np.uint32) + 0x10
+    return (bits & 0xFFE0).astype(np.uint16).view(np.float16)

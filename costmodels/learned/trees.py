@@ -18,7 +18,7 @@ import json
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,12 @@ from numba import njit
 from costmodels.learned.neighbours import Neighbours
 from costmodels.learned.net import Net
 from costmodels.learned.process import Process
+from costmodels.learned.slopes import LEAF, boxes, coded, decoded, means, of_leaf, walk
 from costmodels.ops import FloatArray
 
 Matrix = npt.NDArray[np.float32]
-FORMAT_VERSION = 8
-_STEPS = 63.0
-#: The feature of a leaf.
-LEAF = 255
+FORMAT_VERSION = 9
+_STEPS, _FARTHEST = 63.0, 32_000.0
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -119,24 +118,25 @@ class Upon:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hedged:
-    """The mean of two predictors, the second no further than `apart` from the first: a network may run wild
-    between the rows it was fitted on, trees do not. Where the first feature is beyond `edge` the first
-    answers alone."""
+    """`share` of the way from one predictor to a second, which counts as no further than `apart` from the
+    first: a network may run wild between the rows it was fitted on, trees do not. Where the first feature is
+    beyond `edge` the first answers alone."""
 
     first: Trees
     second: Trees
     apart: float
     edge: float
+    share: float
 
     def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
         """[n] predictions of features [n, f]."""
         first = self.first.predict(features)
         away = np.clip(self.second.predict(features) - first, -self.apart, self.apart)
-        return np.where(features[:, 0] <= self.edge, first + 0.5 * away, first)
+        return np.where(features[:, 0] <= self.edge, first + self.share * away, first)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays that `from_arrays` takes."""
-        own = {"limits": np.array([self.apart, self.edge])}
+        own = {"limits": np.array([self.apart, self.edge, self.share])}
         return _named(first=_arrays(self.first), second=_arrays(self.second), own=own)
 
     @classmethod
@@ -145,6 +145,51 @@ class Hedged:
         parts = _parted(arrays)
         first, second = (_from_arrays(parts[name]) for name in ("first", "second"))
         return cls(first, second, *parts["own"]["limits"].tolist())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sloped:
+    """Trees whose leaves are planes over boxes (`costmodels.learned.slopes`) of features between `low` and
+    `high` [f]: `trees` hold each leaf's level at the middle of its box, rise [S] how far it goes up from
+    there to the edge."""
+
+    trees: Trees
+    rise: FloatArray
+    low: Matrix
+    high: Matrix
+
+    def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
+        """[n] predictions of features [n, f]."""
+        trees, rows = self.trees, np.ascontiguousarray(features, dtype=np.float32)
+        start, leans, middle, half = boxes(trees.feature, trees.threshold, self.low, self.high)
+        # A feature that has one value in a box cannot tell rows of it apart.
+        slope = np.divide(self.rise, half, out=np.zeros(len(half)), where=half > 0.0)
+        level = trees.value - of_leaf(start, slope * middle)
+        parts = trees.feature, trees.threshold, trees.right, trees.roots
+        return np.asarray(walk(*parts, level, start, leans, slope, rows) + trees.base)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Named arrays that `from_arrays` takes."""
+        trees = self.trees
+        _, leans, _, _ = boxes(trees.feature, trees.threshold, self.low, self.high)
+        own: dict[str, npt.NDArray[Any]] = {
+            "rise": _planes(coded(self.rise)[np.argsort(leans, kind="stable")]),
+            "level": _planes(coded(trees.value[trees.feature == LEAF])),
+            "range": np.stack([self.low, self.high]),
+        }
+        return _named(trees=_arrays(replace(trees, value=np.zeros_like(trees.value))), own=own)
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Sloped:
+        """The trees that `arrays` describe."""
+        parts = _parted(arrays)
+        trees, own = _from_arrays(parts["trees"]), parts["own"]
+        low, high = own["range"]
+        _, leans, _, _ = boxes(trees.feature, trees.threshold, low, high)
+        value, rise = np.zeros(len(trees.feature), np.float32), np.zeros(len(leans))
+        value[trees.feature == LEAF] = decoded(_joined_planes(own["level"], np.uint16))
+        rise[np.argsort(leans, kind="stable")] = decoded(_joined_planes(own["rise"], np.uint16))
+        return cls(replace(trees, value=value), rise, low, high)
 
 
 def _named(**parts: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -162,9 +207,9 @@ def _parted(arrays: dict[str, npt.NDArray[Any]]) -> dict[str, dict[str, npt.NDAr
     return parts
 
 
-_Part = Net | Process | Beside | Upon | Hedged
+_Part = Net | Process | Beside | Upon | Hedged | Sloped
 _KINDS: dict[type[_Part], str] = {
-    Net: "net", Process: "process", Beside: "beside", Upon: "upon", Hedged: "hedged",
+    Net: "net", Process: "process", Beside: "beside", Upon: "upon", Hedged: "hedged", Sloped: "sloped",
 }  # fmt: skip
 
 
@@ -212,8 +257,31 @@ def _preorder(feature):  # type: ignore[no-untyped-def]
 def flat(feature: npt.NDArray[np.uint8], threshold: Matrix, value: FloatArray, base: float) -> Trees:
     """Trees of nodes [N] in preorder, tree after tree, leaf values in 64 steps a tree."""
     right, roots = _preorder(feature)
-    leaves = _dequantized(*_quantized(feature, value, roots), feature, roots)
-    return Trees(feature, threshold, right, leaves, roots, base)
+    steps, scale = _quantized(feature, value, roots)
+    leaves = _dequantized(steps, scale, feature, roots)
+    # A tree's steps are moved to where zero is one of them: all rows by as much, which the base takes back.
+    leaf = feature == LEAF
+    tree = _tree_of_leaves(feature, roots)
+    moved = np.bincount(tree, leaves[leaf] - np.asarray(value)[leaf].astype(np.float64)) / np.bincount(tree)
+    return Trees(feature, threshold, right, leaves, roots, base - float(moved.sum()))
+
+
+def sloped(trees: Trees, leaves: list[tuple[float, Any, Any]], features: Matrix) -> Sloped:
+    """Trees whose leaves are planes: of each leaf, in their order, the constant, the features that it leans
+    on and their slopes; `features` [n, f]: rows they were fitted on."""
+    trees = shortened(trees, features)
+    low, high = features.min(axis=0), features.max(axis=0)
+    start, leans, middle, half = boxes(trees.feature, trees.threshold, low, high)
+    slope, level = np.zeros(len(leans)), np.zeros(len(trees.feature))
+    for at, (constant, on, much) in zip(np.flatnonzero(trees.feature == LEAF), leaves, strict=True):
+        slope[start[at] + np.searchsorted(leans[start[at] : start[at + 1]], on)] = much
+        level[at] = constant
+    rise = decoded(coded(slope * half))
+    short = np.divide(rise, half, out=np.zeros(len(half)), where=half > 0.0)
+    # What rounding moves is put right where a leaf's rows lie.
+    at_rows = means(trees.feature, trees.threshold, trees.right, trees.roots, start, leans, middle, features)
+    level += of_leaf(start, slope * at_rows - short * (at_rows - middle))
+    return Sloped(replace(trees, value=decoded(coded(level)).astype(np.float32)), rise, low, high)
 
 
 def nothing() -> Trees:
@@ -273,36 +341,59 @@ def _tree_of_leaves(feature: npt.NDArray[np.uint8], roots: npt.NDArray[np.int32]
     return np.searchsorted(roots, np.flatnonzero(feature == LEAF), side="right") - 1
 
 
+class _Scale(NamedTuple):
+    """[T] of each tree: a step, and how many of them its least leaf is."""
+
+    step: Matrix
+    first: npt.NDArray[np.int16]
+
+
+def _ends(
+    feature: npt.NDArray[np.uint8], value: npt.NDArray[Any], roots: npt.NDArray[np.int32]
+) -> tuple[FloatArray, FloatArray]:
+    """[T] the least and the greatest leaf of each tree."""
+    if not len(roots):
+        return np.zeros(0), np.zeros(0)
+    leaf, value = feature == LEAF, value.astype(np.float64)
+    low = np.minimum.reduceat(np.where(leaf, value, np.inf), roots)
+    return low, np.maximum.reduceat(np.where(leaf, value, -np.inf), roots)
+
+
 def _quantized(
     feature: npt.NDArray[np.uint8], value: npt.NDArray[Any], roots: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.uint8], Matrix]:
-    """(steps [leaves], least value and step [T, 2])."""
-    leaves, tree = value[feature == LEAF].astype(np.float64), _tree_of_leaves(feature, roots)
-    low, high = np.full(len(roots), np.inf), np.full(len(roots), -np.inf)
-    np.minimum.at(low, tree, leaves)
-    np.maximum.at(high, tree, leaves)
-    scale = np.column_stack([low, np.maximum(high - low, 1e-12) / _STEPS]).astype(np.float32)
-    steps = np.rint((leaves - scale[tree, 0]) / scale[tree, 1])
-    return np.clip(steps, 0, _STEPS).astype(np.uint8), scale
+) -> tuple[npt.NDArray[np.uint8], _Scale]:
+    """Steps [leaves] of each tree's scale. Leaves that are multiples of such a step stay what they are."""
+    low, high = _ends(feature, value, roots)
+    # No step is so small that a tree's least leaf is too many of them.
+    step = _shortened_step(np.maximum((high - low) / _STEPS, np.maximum(np.abs(low), 1e-12) / _FARTHEST))
+    tree = _tree_of_leaves(feature, roots)
+    steps = np.rint((value[feature == LEAF].astype(np.float64) - low[tree]) / step[tree])
+    return np.clip(steps, 0, _STEPS).astype(np.uint8), _Scale(step, np.rint(low / step).astype(np.int16))
+
+
+def _shortened_step(step: FloatArray) -> Matrix:
+    """With eight bits of fraction: the lower half of single precision is zero."""
+    bits = step.astype(np.float32).view(np.uint32)
+    return np.asarray(((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32))
 
 
 def _dequantized(
-    steps: npt.NDArray[np.uint8], scale: Matrix, feature: npt.NDArray[np.uint8], roots: npt.NDArray[np.int32]
+    steps: npt.NDArray[np.uint8], scale: _Scale, feature: npt.NDArray[np.uint8], roots: npt.NDArray[np.int32]
 ) -> Matrix:
     """[N] leaf values in their places."""
     tree = _tree_of_leaves(feature, roots)
     value = np.zeros(len(feature), np.float32)
-    value[feature == LEAF] = scale[tree, 0] + steps.astype(np.float32) * scale[tree, 1]
+    value[feature == LEAF] = (scale.first[tree] + steps.astype(np.float32)) * scale.step[tree]
     return value
 
 
 def _planes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """[4 n] all first bytes, all second ones, ...: neighbours of a plane are alike."""
-    return np.ascontiguousarray(values.view(np.uint8).reshape(-1, 4).T).reshape(-1)
+    """[size n] all first bytes, all second ones, ...: neighbours of a plane are alike."""
+    return np.ascontiguousarray(values.view(np.uint8).reshape(-1, values.itemsize).T).reshape(-1)
 
 
 def _joined_planes(planes: npt.NDArray[np.uint8], kind: type[Any]) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(planes.reshape(4, -1).T).reshape(-1).view(kind)
+    return np.ascontiguousarray(planes.reshape(np.dtype(kind).itemsize, -1).T).reshape(-1).view(kind)
 
 
 def _arrays(trees: Trees) -> dict[str, npt.NDArray[Any]]:
@@ -327,7 +418,8 @@ def _arrays(trees: Trees) -> dict[str, npt.NDArray[Any]]:
         "thresholds": _planes(np.diff(thresholds, prepend=np.int32(0)).astype(np.int32)),
         "index": index.astype(np.uint8) if max((len(t) for t in tables), default=0) <= 256 else index,
         "leaf": steps,
-        "scale": _planes(np.ascontiguousarray(scale.T).reshape(-1)),
+        "step": _planes((scale.step.view(np.uint32) >> 16).astype(np.uint16)),
+        "first": _planes(scale.first),
         **{
             f"{_KINDS[type(part)]}{number}.{name}": array
             for number, part in enumerate(trees.smooth)
@@ -350,7 +442,8 @@ def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> Trees:
     threshold = np.zeros(len(feature), np.float32)
     threshold[inner] = thresholds[start[split] + index]
     right, roots = _preorder(feature)
-    scale = _joined_planes(arrays["scale"], np.float32).reshape(2, -1).T
+    step = (_joined_planes(arrays["step"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+    scale = _Scale(step, _joined_planes(arrays["first"], np.int16))
     value = _dequantized(arrays["leaf"], scale, feature, roots)
     smooth = _parted(arrays)
     parts = tuple(

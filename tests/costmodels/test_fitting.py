@@ -111,12 +111,12 @@ def test_smooth_parts_and_a_spread_survive_a_file(tmp_path: Path) -> None:
 def test_a_second_opinion_counts_half_and_only_so_far(tmp_path: Path) -> None:
     rows = np.zeros((3, 2), np.float32)
     for second, answer in ((1.2, 1.1), (0.9, 0.95), (7.0, 1.15), (-7.0, 0.85)):
-        mean = Hedged(replace(nothing(), base=1.0), replace(nothing(), base=second), 0.3, 0.0)
+        mean = Hedged(replace(nothing(), base=1.0), replace(nothing(), base=second), 0.3, 0.0, 0.5)
         np.testing.assert_allclose(mean.predict(rows), answer)
         np.testing.assert_allclose(mean.predict(rows + 1.0), 1.0)
     x, y = _smooth(300)
     net = fit_net(x, y, 0, SMALL)
-    trees = replace(nothing(), smooth=(Hedged(nothing(), replace(nothing(), smooth=(net,)), 0.3, 0.5),))
+    trees = replace(nothing(), smooth=(Hedged(nothing(), replace(nothing(), smooth=(net,)), 0.3, 0.5, 0.5),))
     path = tmp_path / "t.zip"
     path.write_bytes(pack(trees, {}))
     again = unpack(path)[0].predict(x)
@@ -126,10 +126,11 @@ def test_a_second_opinion_counts_half_and_only_so_far(tmp_path: Path) -> None:
     )
 
 
-def test_trees_and_a_network_err_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_block"])
+def test_trees_and_others_err_apart(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "FEW_ROWS", 0)
-    problem = _grid("fp8", 4096)
-    batch = make_batch("gemm", problem.raw, H100, "trtllm", "fp8")
+    problem = _grid(dtype, 4096)
+    batch = make_batch("gemm", problem.raw, H100, "trtllm", dtype)
     out = dealt(problem.group, 4) == 0
     truth = np.log(problem.seconds / batch.base_s)[out]
 
@@ -137,9 +138,9 @@ def test_trees_and_a_network_err_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         found = fit(problem, batch, 0, ~out, brief=True).predict(batch.features[out])
         return float(np.abs(truth - found).mean())
 
-    both = error()
-    monkeypatch.setattr(fitting, "HEDGED", ())
-    assert both < 0.9 * error()
+    together = error()
+    monkeypatch.setattr(fitting, "_hedged", lambda first, *rest, **more: first)
+    assert together < 0.9 * error()
 
 
 def test_few_rows_see_what_they_refine(tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from costmodels.learned import boosting
 from costmodels.learned.boosting import Setting, boosted
 from costmodels.learned.grown import from_boosting, from_forest, from_lightgbm
-from costmodels.learned.trees import Trees, joined, pack, unpack
+from costmodels.learned.slopes import LEAF
+from costmodels.learned.trees import Trees, flat, joined, pack, unpack
 
 
 def lightgbm() -> Any:
@@ -130,3 +133,29 @@ def test_scikit_learn_fits_where_lightgbm_cannot_load(monkeypatch: pytest.Monkey
     finally:
         boosting._lightgbm.cache_clear()
     assert np.abs(trees.predict(x) - y).mean() < 0.1
+
+
+@given(st.lists(st.floats(-3.0, 3.0), min_size=1, max_size=40), st.sampled_from([1e-6, 1e-3, 1.0]))
+def test_leaves_once_rounded_stay_what_they_are(values: list[float], size: float) -> None:
+    # One tree: a spine of nodes that ask for the same feature.
+    count = len(values)
+    feature = np.array([0, LEAF] * (count - 1) + [LEAF], np.uint8)
+    threshold = np.array([-1.0, 0.0] * (count - 1) + [0.0], np.float32)
+    leaf = np.zeros(len(feature))
+    leaf[feature == LEAF] = np.array(values) * size
+    trees = flat(feature, threshold, leaf, 0.25)
+    again = flat(feature, threshold, trees.value, trees.base)
+    np.testing.assert_array_equal(again.value, trees.value)
+    assert again.base == pytest.approx(trees.base, abs=1e-12)
+    # Half a step, twice (leaves and scale), and what a short step is off by; all leaves together: nothing.
+    step = (max(values) - min(values)) * size / 63
+    off = trees.value[feature == LEAF].astype(float) + trees.base - 0.25 - leaf[feature == LEAF]
+    assert np.abs(off).max() <= step + 63 * step / 256 + 1e-4 * size
+    assert abs(off.mean()) <= 1e-6 * max(size, 1.0)
+
+
+def test_a_scale_moves_no_answer() -> None:
+    x, y = rows()
+    settings = {"num_leaves": 15, "verbose": -1, "num_threads": 1}
+    model = lightgbm().train(settings, lightgbm().Dataset(x, y), 100)
+    assert abs(float(np.mean(from_lightgbm(model).predict(x) - model.predict(x)))) < 2e-3
