@@ -19,6 +19,7 @@ from planner.evaluate import Evaluation
 from planner.objectives import OBJECTIVES, objective_value
 from planner.pareto import knee
 from planner.search import Judged
+from planner.workload.presets import PRESETS
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -333,6 +334,27 @@ def variations(
             words = f"{nodes * factor * each} devices of pool {pool['name']!r} in place of {nodes * each}"
             rows.append(("devices", words, other))
             factor *= 2
+    return rows + _less_traffic(request)
+
+
+def _less_traffic(request: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Half of the traffic, a quarter and an eighth; none where arrivals have no rate to lower."""
+    rows = []
+    for share, words in ((0.5, "half"), (0.25, "a quarter"), (0.125, "an eighth")):
+        other = deepcopy(dict(request))
+        workload = other.get("workload") or {}
+        trace, synthetic = workload.get("trace"), workload.get("synthetic")
+        if trace is not None:
+            trace["rate_scale"] = share * trace.get("rate_scale", 1.0)
+        elif synthetic is not None:
+            preset = PRESETS.get(str(synthetic.get("preset") or "").strip().lower(), {})
+            arrivals = dict(synthetic.get("arrivals") or preset.get("arrivals") or {})
+            if not arrivals.get("rate_rps"):
+                return []
+            synthetic["arrivals"] = {**arrivals, "rate_rps": share * arrivals["rate_rps"]}
+        else:
+            return []
+        rows.append(("traffic", f"{words} of the traffic", other))
     return rows
 
 
@@ -346,22 +368,23 @@ def what_would_help(
     """What would have to change so that a plan meets the SLO, each with the plan that then does.
 
     `plan` answers a changed request (a result, or None where it cannot be asked); `enough` ends the tries.
-    Of more devices only the fewest that help are told.
+    Of more devices only the fewest that help are told, of less traffic the most.
     """
     rows = relaxed_slos(judged)
     done: set[str] = set()
     for kind, words, other in variations(request, tried_weights):
-        pool = words.split("pool ")[-1].split(" in place")[0] if kind == "devices" else words
-        if pool in done:
+        # Of what comes in steps only the first that helps is told.
+        steps = {"devices": words.split("pool ")[-1].split(" in place")[0], "traffic": kind}.get(kind, words)
+        if steps in done:
             continue
         if enough():
             break
         result = plan(other)
         if result is None or result.status != "ok" or result.recommended is None:
             continue
-        done.add(pool)
+        done.add(steps)
         entry = result.plan(result.recommended.plan_id)
-        field = "space" if kind == "quantization" else "cluster"
+        field = {"quantization": "space", "devices": "cluster", "traffic": "workload"}[kind]
         rows.append(
             {
                 "kind": kind,

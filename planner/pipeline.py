@@ -208,7 +208,7 @@ class Planner:
         most_s = _CHANGES_SHARE * request.search.budget_s
 
         def ask(changed: dict[str, Any]) -> PlanningResult | None:
-            parts = {name: changed.get(name) for name in ("cluster", "space")}
+            parts = {name: changed.get(name) for name in ("cluster", "space", "workload")}
             name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
             left = most_s - (clock() - start)
             changed["search"] = {

@@ -9,7 +9,7 @@ from typing import Any
 from planner.engines import load_profile
 from planner.explain import too_close
 from planner.objectives import OBJECTIVES
-from web.format import number, percent, quantity
+from web.format import count, number, percent, quantity
 from web.view import AXES, LATENCIES, batching_words, objective_of, plan_label
 
 _TIME_WORDS = {
@@ -20,6 +20,8 @@ _TIME_WORDS = {
     "host": "the host",
     "idle": "waiting for requests",
 }
+
+_SHORT = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end-to-end latency"}
 
 #: Objectives that are measured on real servers, with errors known; prices and memory follow from the plan.
 _MEASURED = ("latency", "ttft", "tpot", "throughput")
@@ -186,6 +188,37 @@ def sensitivity(
             least = cost
             steps.append({"target_s": value, "cost": cost, "entry": entry})
     return steps
+
+
+def changes(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What else than one target alone (that: `relaxations`) would have to change, with the plan that then
+    meets all: targets together, formats, machines, traffic, as the search found them."""
+    by_id = {entry["id"]: entry for entry in result["plans"]}
+    rows = []
+    for row in result.get("changes") or ():
+        if row["kind"] == "slo" and len(row["change"]) == 1:
+            continue
+        entry = by_id.get(row.get("plan_id", ""), row)
+        metrics = entry.get("metrics") or {}
+        words = row["words"]
+        if row["kind"] == "slo":
+            words = "targets of " + " and ".join(
+                f"{quantity(to, 's')} for {_SHORT.get(name.split('.')[1], name)} {name.split('.')[2]}"
+                for name, (_, to) in row["change"].items()
+            )
+        rows.append(
+            {
+                "words": words,
+                "id": row.get("plan_id", ""),
+                "label": plan_label(entry["plan"], result["request"]),
+                "batching": batching_words(entry["plan"]),
+                "devices": count(metrics.get("devices")),
+                "cost": number(metrics.get("usd_per_million_output_tokens")),
+                "ttft": quantity((metrics.get("ttft_s") or {}).get("p95"), "s"),
+                "tpot": quantity((metrics.get("tpot_s") or {}).get("p95"), "s"),
+            }
+        )
+    return rows
 
 
 def relaxations(result: Mapping[str, Any]) -> list[dict[str, Any]]:

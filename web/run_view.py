@@ -106,6 +106,7 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
         "rivals": reasons.rivals(result, chosen) if chosen and feasible else [],
         "limits": reasons.limits(result, chosen) if chosen else [],
         "relaxations": reasons.relaxations(result) if not feasible else [],
+        "changes": reasons.changes(result) if not feasible else [],
         "steps": _steps(result) if feasible else [],
         "rejected": rejected_of(result.get("rejected") or (), request),
         "search": search_words(result["search"]),

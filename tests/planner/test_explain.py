@@ -142,6 +142,45 @@ def test_variations_leave_the_request_as_it_is() -> None:
     assert request["cluster"]["pools"][0]["nodes"] == 1
 
 
+@pytest.mark.parametrize(
+    ("workload", "rates"),
+    [
+        ({"trace": {"path": "t.csv", "rate_scale": 2.0}}, [1.0, 0.5, 0.25]),
+        ({"synthetic": {"arrivals": {"process": "gamma", "rate_rps": 8.0, "cv": 2.0}}}, [4.0, 2.0, 1.0]),
+        ({"synthetic": {"preset": "chat", "arrivals": None}}, [2.0, 1.0, 0.5]),
+        ({"synthetic": {"arrivals": {"process": "closed", "concurrency": 8}}}, []),
+    ],
+)
+def test_less_traffic_is_tried_where_it_has_a_rate(workload: dict[str, Any], rates: list[float]) -> None:
+    request = {"cluster": {"pools": [{"name": "main"}]}, "space": {}, "workload": workload}
+    rows = [row for row in variations(request, ["fp8", "int8", "int4", "fp4"]) if row[0] == "traffic"]
+    names = ["half of the traffic", "a quarter of the traffic", "an eighth of the traffic"]
+    assert [words for _, words, _ in rows] == names[: len(rates)]
+    for (_, _, other), rate in zip(rows, rates, strict=True):
+        changed = other["workload"]
+        if "trace" in changed:
+            assert changed["trace"] == {"path": "t.csv", "rate_scale": rate}
+        else:
+            before = workload["synthetic"]["arrivals"] or {"process": "gamma", "cv": 1.3}
+            assert changed["synthetic"]["arrivals"] == {**before, "rate_rps": rate}
+
+
+def test_the_most_traffic_that_a_cluster_can_serve_is_told() -> None:
+    asked = request_of(
+        "llama-3.1-8b",
+        devices=1,
+        requests=60,
+        rate_rps=120.0,
+        slo={"ttft_s": {"p95": 0.1}},
+        space={"weights": ["bf16"], "kv_cache": ["bf16"]},
+        search={"budget_s": 20},
+    )
+    result = Planner().plan(asked)
+    told = [row for row in result.changes if row["kind"] == "traffic"]
+    assert len(told) == 1
+    assert Planner().plan({**asked, **told[0]["change"]}, changes=False).status == "ok"
+
+
 def test_an_infeasible_request_is_told_what_would_help() -> None:
     asked = request_of(
         "llama-3.1-70b",

@@ -394,6 +394,36 @@ def test_what_would_have_to_give_is_told(missed: dict[str, Any]) -> None:
     assert rows[0]["factor"] == pytest.approx(least / 1e-5)
 
 
+def test_what_else_would_help_is_told(missed: dict[str, Any]) -> None:
+    own = missed["plans"][0]
+    together = {
+        "kind": "slo", "plan_id": own["id"], "label": "x", "words": "allow both",
+        "change": {"slo.ttft_s.p95": [0.1, 0.2], "slo.tpot_s.p95": [0.01, 0.0145]},
+    }  # fmt: skip
+    alone = {**together, "change": {"slo.ttft_s.p95": [0.1, 0.2]}}
+    machines = {
+        "kind": "devices", "words": "4 devices of pool 'main' in place of 2", "change": {"cluster": {}},
+        "plan": own["plan"], "metrics": {**own["metrics"], "devices": 4},
+    }  # fmt: skip
+    rows = reasons.changes({**missed, "changes": [alone, together, machines]})
+    joint = "targets of 200 ms for TTFT p95 and 14.5 ms for TPOT p95"
+    assert [unescape(row["words"]).replace("\u00a0", " ") for row in rows] == [joint, machines["words"]]
+    assert [row["id"] for row in rows] == [own["id"], ""]
+    assert rows[1]["devices"] == "4"
+    assert rows[0]["label"] == rows[1]["label"] != ""
+    assert reasons.changes({**missed, "changes": []}) == []
+
+
+def test_the_page_of_a_missed_target_says_what_else_would_help(pages: TestClient, store: Store) -> None:
+    asked = {**REQUEST, "slo": {"ttft_s": {"p95": 1e-4}, "tpot_s": {"p95": 1e-5}}}
+    sent = {"csrf": token(pages, "/"), "mode": "yaml", "yaml": yaml.safe_dump(asked)}
+    where = pages.post("/plan", data=sent, follow_redirects=False).headers["location"]
+    work(store)
+    page = unescape(checked(pages.get(where).text))
+    assert "No single target is enough; these are" in page
+    assert "targets of" in page
+
+
 def test_steps_of_cost_only_go_down(result: dict[str, Any]) -> None:
     steps = reasons.sensitivity(result)
     assert steps
