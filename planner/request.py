@@ -9,6 +9,7 @@ field's path and one sentence.
 from __future__ import annotations
 
 import difflib
+import itertools
 import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -445,6 +446,8 @@ def _path(loc: tuple[int | str, ...], prefix: str) -> str:
     return text
 
 
+#: Models inside models, below a request.
+_DEEPEST = 8
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
 
@@ -471,6 +474,30 @@ def _known_fields(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[st
     return list(getattr(current, "model_fields", {}))
 
 
+def _place_of(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """Where the field stands whose name was given elsewhere, as near to that as it can be; "" nowhere."""
+    given = tuple(str(part) for part in loc[:-1] if not isinstance(part, int))
+    found: list[tuple[str, ...]] = []
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), model)]
+    while waiting:
+        above, current = waiting.pop()
+        for name, field in getattr(current, "model_fields", {}).items():
+            path = (*above, name)
+            if name == loc[-1]:
+                found.append(path)
+            inner = _model_in(field.annotation)
+            if inner is not None and len(path) < _DEEPEST:
+                waiting.append((path, inner))
+
+    def apart(path: tuple[str, ...]) -> tuple[int, int, tuple[str, ...]]:
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(given, path[:-1], strict=False))
+        shared = sum(1 for _ in alike)
+        return len(given) - shared, len(path) - shared, path
+
+    nearest = sorted(found, key=apart)[:1]
+    return ".".join(nearest[0]) if nearest else ""
+
+
 def _model_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
@@ -487,7 +514,10 @@ def sentence(error: Mapping[str, Any], model: type[BaseModel] = BaseModel) -> st
     if kind == "extra_forbidden":
         name = str(error["loc"][-1])
         near = difflib.get_close_matches(name, _known_fields(model, error["loc"]), 1)
-        return f"unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else "")
+        if near:
+            return f"unknown field {name!r}, did you mean {near[0]!r}?"
+        place = _place_of(model, error["loc"])
+        return f"unknown field {name!r}" + (f", did you mean {place}?" if place else "")
     if kind in ("literal_error", "enum"):
         text = str(value)
         options = [part.strip("'") for part in str(context["expected"]).replace(" or ", ", ").split(", ")]

@@ -146,6 +146,16 @@ def test_repeated_values_of_the_space_and_objectives_count_once() -> None:
 
 BAD = [
     ("modle", "x", "modle", "unknown field 'modle', did you mean 'model'?"),
+    ("tensor", [1], "tensor", "unknown field 'tensor', did you mean space.tensor?"),
+    ("devices_per_node", 8, "devices_per_node", "did you mean cluster.pools.devices_per_node?"),
+    ("p95", 0.1, "p95", "unknown field 'p95'"),
+    ("space.budget_s", 5, "space.budget_s", "did you mean search.budget_s?"),
+    (
+        "workload.synthetic.rate_rps",
+        4.0,
+        "workload.synthetic.rate_rps",
+        "did you mean workload.synthetic.arrivals.rate_rps?",
+    ),
     ("space.tensr", [1], "space.tensr", "unknown field 'tensr', did you mean 'tensor'?"),
     ("cluster.pools.0.devcie", "x", "cluster.pools[0].devcie", "did you mean 'device'?"),
     ("schema_version", "2", "schema_version", "must be one of 1, not '2'"),
