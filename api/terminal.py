@@ -10,18 +10,21 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hardware.units import format_bytes, format_rate, format_seconds
 from planner.explain import nearest_ways
-from planner.objectives import OBJECTIVES
+from planner.objectives import OBJECTIVES, objective_value
 from planner.search.base import Progress
 from planner.search.gap import gap_words
 
 PLOT_COLUMNS, PLOT_ROWS = 64, 14
 MAX_ROWS, MAX_REASONS, MAX_NEAREST = 24, 3, 5
+#: Share of an objective that makes a difference worth telling.
+_WORTH = 0.005
 
 
 def _share(value: float | None, digits: int) -> str:
@@ -184,7 +187,7 @@ def _tick(value: float, unit: str) -> str:
         return format_bytes(value)
     if unit == "s":
         return format_seconds(value)
-    return f"{value:,.3g} {unit}"
+    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
 
 
 def plot(result: Mapping[str, Any], objectives: Sequence[str]) -> str:
@@ -254,14 +257,21 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
     best = (result["recommended"] or {}).get("plan_id")
     if result["status"] == "ok":
         front = [by_id[ident] for ident in result["front"]]
-        shown = front[:MAX_ROWS]
+        apart = told_apart(front, request["objectives"], best)
+        shown = apart[:MAX_ROWS]
         if best and best not in {entry["id"] for entry in shown}:
             shown = [*shown[:-1], by_id[best]]
         out.print(_table(shown, best, pool=pool))
-        if len(front) > len(shown):
-            out.print(
-                Text(f"... and {len(front) - len(shown)} more on the front (--json lists all)"), style="dim"
+        more = [
+            f"{number} {words}"
+            for number, words in (
+                (len(front) - len(apart), f"within {_WORTH:.1%} of one of these".replace("%", " %")),
+                (len(apart) - len(shown), "more"),
             )
+            if number
+        ]
+        if more:
+            out.print(Text(f"... and on the front {' and '.join(more)} (--json lists all)"), style="dim")
         drawn = plot(result, request["objectives"])
         if drawn:
             out.print()
@@ -315,6 +325,25 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
             out.print(Text(f"  {row['words']}: {words}"))
 
 
+def told_apart(
+    front: Sequence[Mapping[str, Any]], objectives: Sequence[str], best: str | None
+) -> list[Mapping[str, Any]]:
+    """A front without the plans that differ by next to nothing from one before them, or from the best."""
+    values = {
+        entry["id"]: np.array([objective_value(name, entry["metrics"]) for name in objectives])
+        for entry in front
+    }
+    kept: list[Mapping[str, Any]] = [entry for entry in front if entry["id"] == best]
+    for entry in front:
+        own = values[entry["id"]]
+        if entry["id"] != best and not any(
+            np.all(np.abs(own - values[other["id"]]) <= _WORTH * np.abs(own)) for other in kept
+        ):
+            kept.append(entry)
+    order = {entry["id"]: place for place, entry in enumerate(front)}
+    return sorted(kept, key=lambda entry: order[entry["id"]])
+
+
 def instead(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Plans that who wants something else takes, and what they change: the best of the front in each other
     objective, and under an SLO the cheapest simulated plan that meets it where cost is no objective."""
@@ -322,7 +351,7 @@ def instead(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     chosen_id, request = result["recommended"]["plan_id"], result["request"]
     changes: dict[str, list[str]] = {}
     for row in result["recommended"].get("trade_offs") or ():
-        if row["plan_id"] not in changes:
+        if row["plan_id"] not in changes and row["gain"] >= _WORTH:
             shares = [(row["objective"], -row["gain"]), *row["price"].items()]
             changes[row["plan_id"]] = [f"{name} {_change(name, share)}" for name, share in shares]
     if "cost" not in request["objectives"] and any((request.get("slo") or {}).values()):
