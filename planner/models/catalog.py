@@ -143,8 +143,10 @@ def load_model(
         name, config, file = _read_file(asked, base_dir, path)
         return replace(from_config(config, f"{path}.config", name), source=str(file))
     close = difflib.get_close_matches(_bare(asked), sorted(_rows()), n=3, cutoff=0.3)
+    named = ", ".join(close or sorted(_rows())[:3])
+    other = "the path of its config.json, or its content" if allow_paths else "the content of its config.json"
     raise InputError(
-        path, f"unknown model '{asked[:80]}'", f"nearest: {', '.join(close or sorted(_rows())[:3])}"
+        path, f"unknown model '{asked[:80]}'", f"nearest: {named}; of any other give {other} as `config`"
     )
 
 
