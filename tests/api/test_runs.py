@@ -151,9 +151,9 @@ def test_an_idempotency_key_makes_one_run(served: tuple[TestClient, Store]) -> N
 def test_prefer_wait_answers_with_the_ended_run(served: tuple[TestClient, Store]) -> None:
     client, store = served
     with working(store):
-        reply = client.post(RUNS, json=small_request(), headers={"Prefer": "respond-async, wait=30"})
+        reply = client.post(RUNS, json=small_request(), headers={"Prefer": "respond-async, wait=60"})
     assert reply.status_code == 200
-    assert reply.headers["preference-applied"] == "wait=30"
+    assert reply.headers["preference-applied"] == "wait=60"
     assert reply.json()["status"] == "done"
     assert reply.json()["summary"]["recommended"]["meets_slo"] is True
 
