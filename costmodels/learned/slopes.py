@@ -9,7 +9,7 @@ is then the same for a gentle slope over a wide box as for a steep one over a na
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,75 +21,49 @@ from costmodels.ops import FloatArray
 LEAF = 255
 #: Log units between two levels, or two rises, of a file: half of it costs a sixth more bytes, errs no less.
 STEP = 0.002
-#: No path is longer.
-_DEEP = 256
 
 
-@njit(cache=True)
-def boxes(feature, threshold, low, high):  # type: ignore[no-untyped-def]
-    """(start [N + 1], features, middles and half widths [S]) of the boxes of nodes [N] in preorder, tree
-    after tree, in features between `low` and `high` [f]; inner nodes have none."""
-    count = feature.shape[0]
-    start = np.zeros(count + 1, np.int64)
-    path = np.zeros(_DEEP, np.int64)
-    # Whether the right branch of each node on the path is being walked.
-    right = np.zeros(_DEEP, np.bool_)
-    least, most = low.copy(), high.copy()
-    asked = np.zeros(low.shape[0], np.bool_)
-    size = count * 8 + 64
-    leans, middle, half = np.zeros(size, np.uint8), np.zeros(size), np.zeros(size)
-    depth = place = 0
-    for at in range(count):
-        start[at] = place
-        if feature[at] != LEAF:
-            path[depth], right[depth] = at, False
-            depth += 1
-            continue
-        least[:], most[:], asked[:] = low, high, False
-        for step in range(depth):
-            node = path[step]
-            name = feature[node]
-            asked[name] = True
-            if right[step]:
-                least[name] = max(least[name], threshold[node])
-            else:
-                most[name] = min(most[name], threshold[node])
-        for name in range(asked.shape[0]):
-            if asked[name]:
-                if place == leans.shape[0]:
-                    leans = np.concatenate((leans, np.zeros(place, np.uint8)))
-                    middle = np.concatenate((middle, np.zeros(place)))
-                    half = np.concatenate((half, np.zeros(place)))
-                leans[place] = name
-                middle[place] = (least[name] + most[name]) / 2.0
-                half[place] = max(most[name] - least[name], 0.0) / 2.0
-                place += 1
-        while depth > 0 and right[depth - 1]:
-            depth -= 1
-        if depth > 0:
-            right[depth - 1] = True
-    start[count] = place
-    return start, leans[:place].copy(), middle[:place].copy(), half[:place].copy()
+class Boxes(NamedTuple):
+    """Of leaves: start [N + 1] of each node's own (inner nodes have none), and the features that its path
+    asked about, the middles and half widths of what the path left of them [S]."""
+
+    start: npt.NDArray[np.int64]
+    leans: npt.NDArray[np.uint8]
+    middle: FloatArray
+    half: FloatArray
+
+    def slopes(self, rise: FloatArray) -> FloatArray:
+        """[S] of rises from the middle to the edge. A feature with one value in a box tells no rows apart."""
+        return np.divide(rise, self.half, out=np.zeros(len(self.half)), where=self.half > 0.0)
 
 
-@njit(cache=True, nogil=True)
-def walk(feature, threshold, right, roots, level, start, leans, slope, rows):  # type: ignore[no-untyped-def]
-    """[n] sums over trees of the planes that rows [n, f] fall on: `level` [N] where all features are zero."""
-    found = np.zeros(rows.shape[0])
-    for tree in range(roots.shape[0]):
-        root = roots[tree]
-        for row in range(rows.shape[0]):
-            at = root
-            while feature[at] != LEAF:
-                if rows[row, feature[at]] <= threshold[at]:
-                    at += 1
-                else:
-                    at = right[at]
-            total = level[at]
-            for place in range(start[at], start[at + 1]):
-                total += slope[place] * rows[row, leans[place]]
-            found[row] += total
-    return found
+def boxes(
+    feature: npt.NDArray[np.uint8],
+    threshold: npt.NDArray[Any],
+    right: npt.NDArray[np.int32],
+    roots: npt.NDArray[np.int32],
+    low: npt.NDArray[Any],
+    high: npt.NDArray[Any],
+) -> Boxes:
+    """The boxes of nodes [N] in preorder, tree after tree, of features between `low` and `high` [f]."""
+    # From the roots down, all nodes of a depth at once: another compiled loop would cost a first run seconds.
+    least, most = (np.repeat(ends[None], len(feature), axis=0) for ends in (low, high))
+    asked = np.zeros(least.shape, bool)
+    nodes = np.asarray(roots, np.int64)
+    while len(nodes):
+        nodes = nodes[feature[nodes] != LEAF]
+        name, cut = feature[nodes], threshold[nodes]
+        for child in (nodes + 1, right[nodes]):
+            least[child], most[child], asked[child] = least[nodes], most[nodes], asked[nodes]
+            asked[child, name] = True
+        most[nodes + 1, name] = np.minimum(most[nodes, name], cut)
+        least[right[nodes], name] = np.maximum(least[nodes, name], cut)
+        nodes = np.concatenate([nodes + 1, right[nodes]])
+    asked[feature != LEAF] = False
+    start = np.concatenate([[0], np.cumsum(asked.sum(axis=1))])
+    least, most = least[asked], most[asked]
+    middle, half = (ends.astype(np.float64) / 2.0 for ends in (least + most, np.maximum(most - least, 0.0)))
+    return Boxes(start, np.nonzero(asked)[1].astype(np.uint8), middle, half)
 
 
 @njit(cache=True, nogil=True)

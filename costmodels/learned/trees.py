@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from numba import njit
 from costmodels.learned.neighbours import Neighbours
 from costmodels.learned.net import Net
 from costmodels.learned.process import Process
-from costmodels.learned.slopes import LEAF, boxes, coded, decoded, means, of_leaf, walk
+from costmodels.learned.slopes import LEAF, Boxes, boxes, coded, decoded, means, of_leaf
 from costmodels.ops import FloatArray
 
 Matrix = npt.NDArray[np.float32]
@@ -53,7 +53,8 @@ class Trees:
     def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
         """[n] predictions of features [n, f]."""
         rows = np.ascontiguousarray(features, dtype=np.float32)
-        found = _walk(self.feature, self.threshold, self.right, self.value, self.roots, rows) + self.base
+        level = np.asarray(self.value, np.float64)
+        found = _walk(*_nodes(self), level, *_FLAT, rows) + self.base
         for part in self.smooth:
             found = found + part.predict(rows)
         return np.asarray(found)
@@ -157,23 +158,29 @@ class Sloped:
     rise: FloatArray
     low: Matrix
     high: Matrix
+    boxes: Boxes
+    slope: FloatArray = field(init=False)
+    #: [N] where all features are zero.
+    level: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        slope = self.boxes.slopes(self.rise)
+        object.__setattr__(self, "slope", slope)
+        level = self.trees.value - of_leaf(self.boxes.start, slope * self.boxes.middle)
+        object.__setattr__(self, "level", level)
 
     def predict(self, features: Matrix) -> npt.NDArray[np.float64]:
         """[n] predictions of features [n, f]."""
-        trees, rows = self.trees, np.ascontiguousarray(features, dtype=np.float32)
-        start, leans, middle, half = boxes(trees.feature, trees.threshold, self.low, self.high)
-        # A feature that has one value in a box cannot tell rows of it apart.
-        slope = np.divide(self.rise, half, out=np.zeros(len(half)), where=half > 0.0)
-        level = trees.value - of_leaf(start, slope * middle)
-        parts = trees.feature, trees.threshold, trees.right, trees.roots
-        return np.asarray(walk(*parts, level, start, leans, slope, rows) + trees.base)
+        rows = np.ascontiguousarray(features, dtype=np.float32)
+        start, leans = self.boxes.start, self.boxes.leans
+        found = _walk(*_nodes(self.trees), self.level, start, leans, self.slope, rows)
+        return np.asarray(found + self.trees.base)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Named arrays that `from_arrays` takes."""
         trees = self.trees
-        _, leans, _, _ = boxes(trees.feature, trees.threshold, self.low, self.high)
         own: dict[str, npt.NDArray[Any]] = {
-            "rise": _planes(coded(self.rise)[np.argsort(leans, kind="stable")]),
+            "rise": _planes(coded(self.rise)[np.argsort(self.boxes.leans, kind="stable")]),
             "level": _planes(coded(trees.value[trees.feature == LEAF])),
             "range": np.stack([self.low, self.high]),
         }
@@ -185,11 +192,11 @@ class Sloped:
         parts = _parted(arrays)
         trees, own = _from_arrays(parts["trees"]), parts["own"]
         low, high = own["range"]
-        _, leans, _, _ = boxes(trees.feature, trees.threshold, low, high)
-        value, rise = np.zeros(len(trees.feature), np.float32), np.zeros(len(leans))
+        found = boxes(*_nodes(trees), low, high)
+        value, rise = np.zeros(len(trees.feature), np.float32), np.zeros(len(found.leans))
         value[trees.feature == LEAF] = decoded(_joined_planes(own["level"], np.uint16))
-        rise[np.argsort(leans, kind="stable")] = decoded(_joined_planes(own["rise"], np.uint16))
-        return cls(replace(trees, value=value), rise, low, high)
+        rise[np.argsort(found.leans, kind="stable")] = decoded(_joined_planes(own["rise"], np.uint16))
+        return cls(replace(trees, value=value), rise, low, high, found)
 
 
 def _named(**parts: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -213,9 +220,18 @@ _KINDS: dict[type[_Part], str] = {
 }  # fmt: skip
 
 
+def _nodes(trees: Trees) -> tuple[Any, Any, Any, Any]:
+    return trees.feature, trees.threshold, trees.right, trees.roots
+
+
+#: Where each node's slopes begin, the features that they are of, and slopes: flat leaves have none.
+_FLAT = np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0)
+
+
 @njit(cache=True, nogil=True)
-def _walk(feature, threshold, right, value, roots, rows):  # type: ignore[no-untyped-def]
+def _walk(feature, threshold, right, roots, level, start, leans, slope, rows):  # type: ignore[no-untyped-def]
     found = np.zeros(rows.shape[0])
+    sloping = start.shape[0] > 0
     # Trees outside, rows inside: a tree stays in the cache for all rows.
     for tree in range(roots.shape[0]):
         root = roots[tree]
@@ -226,7 +242,11 @@ def _walk(feature, threshold, right, value, roots, rows):  # type: ignore[no-unt
                     at += 1
                 else:
                     at = right[at]
-            found[row] += value[at]
+            total = level[at]
+            if sloping:
+                for place in range(start[at], start[at + 1]):
+                    total += slope[place] * rows[row, leans[place]]
+            found[row] += total
     return found
 
 
@@ -271,17 +291,18 @@ def sloped(trees: Trees, leaves: list[tuple[float, Any, Any]], features: Matrix)
     on and their slopes; `features` [n, f]: rows they were fitted on."""
     trees = shortened(trees, features)
     low, high = features.min(axis=0), features.max(axis=0)
-    start, leans, middle, half = boxes(trees.feature, trees.threshold, low, high)
+    found = boxes(*_nodes(trees), low, high)
+    start, leans, middle, half = found
     slope, level = np.zeros(len(leans)), np.zeros(len(trees.feature))
     for at, (constant, on, much) in zip(np.flatnonzero(trees.feature == LEAF), leaves, strict=True):
         slope[start[at] + np.searchsorted(leans[start[at] : start[at + 1]], on)] = much
         level[at] = constant
     rise = decoded(coded(slope * half))
-    short = np.divide(rise, half, out=np.zeros(len(half)), where=half > 0.0)
     # What rounding moves is put right where a leaf's rows lie.
-    at_rows = means(trees.feature, trees.threshold, trees.right, trees.roots, start, leans, middle, features)
-    level += of_leaf(start, slope * at_rows - short * (at_rows - middle))
-    return Sloped(replace(trees, value=decoded(coded(level)).astype(np.float32)), rise, low, high)
+    at_rows = means(*_nodes(trees), start, leans, middle, features)
+    level += of_leaf(start, slope * at_rows - found.slopes(rise) * (at_rows - middle))
+    value = decoded(coded(level)).astype(np.float32)
+    return Sloped(replace(trees, value=value), rise, low, high, found)
 
 
 def nothing() -> Trees:

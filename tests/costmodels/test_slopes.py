@@ -14,7 +14,7 @@ from costmodels.learned import boosting, slopes
 from costmodels.learned.boosting import Setting, boosted, sloping
 from costmodels.learned.grown import from_lightgbm_slopes
 from costmodels.learned.slopes import LEAF, boxes, coded, decoded, of_leaf
-from costmodels.learned.trees import Sloped, Trees, nothing, pack, unpack
+from costmodels.learned.trees import Sloped, Trees, _preorder, nothing, pack, unpack
 from tests.costmodels.test_grown import grower, lightgbm
 
 SIZE = Setting(40, 15, 0.25, 10)
@@ -80,7 +80,7 @@ def forests(draw: st.DrawFn) -> tuple[Any, Any]:
 def test_boxes_are_what_paths_leave_of_the_measured_range(forest: tuple[Any, Any]) -> None:
     feature, threshold = forest
     low, high = np.full(6, -2.5, np.float32), np.full(6, 2.5, np.float32)
-    start, leans, middle, half = boxes(feature, threshold, low, high)
+    start, leans, middle, half = boxes(feature, threshold, *_preorder(feature), low, high)
     expected = by_recursion(feature, threshold, low, high)
     leaves = np.flatnonzero(feature == LEAF)
     assert [int(start[at + 1] - start[at]) for at in leaves] == [len(box) for box in expected]
