@@ -21,13 +21,21 @@ from hardware import InputError
 from web.forms import blank
 from web.page import back_to, html, principal_of, runs_of, sent_fields, service_of, stored
 from web.run_pages import STATUS_WORDS, about, ago
-from web.study_view import study_view
+from web.study_view import study_view, vary_words
 from web.view import request_yaml
 from web.yaml_text import read_yaml
 
 router = APIRouter(include_in_schema=False)
 _RECENT = 8
 SWEEP_VALUES = "0.1, 0.12, 0.15, 0.2, 0.3, 0.5, 1"
+#: Values that a sweep is offered: multiples of a rate, of a target or a price, counts of machines.
+_RATES, _AROUND, _COUNTS = (
+    (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    (0.5, 0.7, 1.0, 1.5, 2.0, 4.0),
+    (1.0, 2.0, 4.0, 8.0),
+)
+#: Targets in s, where a request has none.
+_USUAL_BOUNDS = {"slo.ttft_s.p95": 0.5, "slo.tpot_s.p95": 0.05}
 FLEET_EXAMPLE = """\
 models:
 - name: chat
@@ -133,7 +141,47 @@ async def _sweep_page(
     request: Request, fields: Mapping[str, str], errors: Mapping[str, list[str]], status: int = 200
 ) -> HTMLResponse:
     recent = await _recent(request, SWEEP)
-    return html(request, "sweep_form.html", status, here="sweep", f=fields, errors=errors, recent=recent)
+    try:
+        offers = sweeps_of(read_yaml(fields["yaml"]))
+    except InputError:
+        offers = []
+    return html(
+        request,
+        "sweep_form.html",
+        status,
+        here="sweep",
+        f=fields,
+        errors=errors,
+        recent=recent,
+        offers=offers,
+    )
+
+
+def sweeps_of(asked: Any) -> list[dict[str, str]]:
+    """What is worth moving in a request, each with values around its own: words, `vary` and `values`."""
+    asked = asked if isinstance(asked, Mapping) else {}
+    found: list[tuple[str, Sequence[float]]] = [("rate", _RATES)]
+    slo = asked.get("slo") if isinstance(asked.get("slo"), Mapping) else {}
+    bounds = {
+        f"slo.{metric}.{statistic}": bound
+        for metric, row in slo.items() if isinstance(row, Mapping)
+        for statistic, bound in row.items() if isinstance(bound, (int, float)) and bound > 0
+    }  # fmt: skip
+    for path, bound in (bounds or _USUAL_BOUNDS).items():
+        found.append((path, [float(f"{bound * share:.3g}") for share in _AROUND]))
+    cluster = asked.get("cluster")
+    pools = cluster.get("pools") if isinstance(cluster, Mapping) else None
+    for index, pool in enumerate(pools if isinstance(pools, list) else ()):
+        if isinstance(pool, Mapping) and not pool.get("topology"):
+            found += [(f"cluster.pools[{index}].{name}", _COUNTS) for name in ("nodes", "devices_per_node")]
+    prices = asked.get("prices")
+    for device, price in (prices if isinstance(prices, Mapping) else {}).items():
+        if isinstance(price, (int, float)) and price > 0:
+            found.append((f"prices.{device}", [float(f"{price * share:.3g}") for share in _AROUND]))
+    return [
+        {"words": vary_words(path), "vary": path, "values": ", ".join(f"{value:g}" for value in values)}
+        for path, values in found
+    ]
 
 
 @router.post("/sweep")
@@ -141,6 +189,9 @@ async def start_sweep(request: Request) -> Response:
     """Ask for a sweep, or tell what is wrong beside the fields."""
     fields = await sent_fields(request)
     asked = {name: fields.get(name, "").strip() for name in ("yaml", "vary", "values")}
+    if fields.get("offer"):
+        asked["vary"], _, asked["values"] = fields["offer"].partition("|")
+        return await _sweep_page(request, asked, {})
     errors: dict[str, list[str]] = {}
     body: dict[str, Any] = {"vary": asked["vary"], "values": _values(asked["values"], errors)}
     try:

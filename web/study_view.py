@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +25,9 @@ def vary_words(path: str) -> str:
         return f"{parts[1].removesuffix('_s').upper()} {parts[2]} target"
     if parts[0] == "prices" and len(parts) > 1:
         return f"Price of {path.removeprefix('prices.')}"
+    if parts[0] == "cluster" and parts[-1] in ("nodes", "devices_per_node"):
+        number = int(found[1]) if (found := re.search(r"\[(\d+)\]", path)) else 0
+        return parts[-1].replace("_", " ").capitalize() + (f" of pool {number + 1}" if number else "")
     return "Rate, times the request's own" if path == "rate" else path
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from fastapi.testclient import TestClient
 
+from api.asked import admit_kind
 from api.keys import make_key
 from api.settings import Settings
 from api.store import Store, open_store
@@ -28,6 +29,7 @@ from web.chart_data import MOST_POINTS, chart_data
 from web.fields import fields_of
 from web.forms import blank, request_of, text_of
 from web.session import COOKIE, safe_target
+from web.studies import sweeps_of
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +386,31 @@ def test_a_fleet_is_a_run_with_its_page(pages: TestClient, store: Store) -> None
     where = pages.post("/fleet", data=sent, follow_redirects=False).headers["location"]
     pages.post(f"{where}/cancel", data={"csrf": sent["csrf"]})
     assert "Cancelled before anything was found" in checked(pages.get(where).text)
+
+
+def test_a_sweep_is_offered_what_is_worth_moving(pages: TestClient) -> None:
+    asked = {**REQUEST, "slo": {"ttft_s": {"p95": 0.4}}, "prices": {"h100-sxm-80gb": 3.0}}
+    offers = {row["words"]: row for row in sweeps_of(asked)}
+    assert list(offers) == ["Rate, times the request's own", "TTFT p95 target", "Nodes", "Devices per node",
+                            "Price of h100-sxm-80gb"]  # fmt: skip
+    assert offers["TTFT p95 target"] == {
+        "words": "TTFT p95 target", "vary": "slo.ttft_s.p95", "values": "0.2, 0.28, 0.4, 0.6, 0.8, 1.6",
+    }  # fmt: skip
+    assert [row["words"] for row in sweeps_of({})][1:] == ["TTFT p95 target", "TPOT p95 target"]
+    for odd in (None, [], {"slo": 3, "cluster": {"pools": {"a": 1}}}, {"slo": {"ttft_s": 1}, "prices": [1]}):
+        assert sweeps_of(odd)
+    # Taking one keeps what was written, starts nothing, and what is then sent can be asked.
+    text = yaml.safe_dump(asked) + "# mine"
+    sent = {"csrf": token(pages, "/sweep"), "yaml": text, "vary": "", "values": ""}
+    reply = pages.post("/sweep", data={**sent, "offer": "slo.ttft_s.p95|0.2, 0.4"}, follow_redirects=False)
+    assert reply.status_code == 200
+    page = unescape(checked(reply.text))
+    assert "# mine" in page
+    assert 'value="0.2, 0.4"' in page
+    assert 'value="slo.ttft_s.p95"' in page
+    for row in sweeps_of(asked):
+        body = {"request": asked, "vary": row["vary"], "values": [float(v) for v in row["values"].split(",")]}
+        assert admit_kind("sweep", body, Settings(max_budget_s=20.0)).request
 
 
 def test_what_would_have_to_give_is_told(missed: dict[str, Any]) -> None:
