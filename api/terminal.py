@@ -10,21 +10,19 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from api.words import WORTH, above_slo, instead, plan_words, several_pools, told_apart
 from hardware.units import format_bytes, format_rate, format_seconds
 from planner.explain import nearest_ways
-from planner.objectives import OBJECTIVES, objective_value
+from planner.objectives import OBJECTIVES
 from planner.search.base import Progress
 from planner.search.gap import gap_words
 
 PLOT_COLUMNS, PLOT_ROWS = 64, 14
 MAX_ROWS, MAX_REASONS, MAX_NEAREST = 24, 3, 5
-#: Share of an objective that makes a difference worth telling.
-_WORTH = 0.005
 
 
 def _share(value: float | None, digits: int) -> str:
@@ -78,32 +76,7 @@ class ProgressLine:
         sys.stderr.flush()
 
 
-# --- plans in words ------------------------------------------------------------------------------
-
-
-def plan_words(plan: Mapping[str, Any], *, pool: bool = False) -> str:
-    """`2 x TP4 PP2, fp8, KV fp8, 256 seqs / 8192 tokens`; with `pool`, on which machines as well."""
-    worker = plan["worker"]
-    degrees, formats, batching = worker["parallelism"], worker["quantization"], worker["batching"]
-    cut = [f"TP{degrees['tensor']}"]
-    for key, short in (("pipeline", "PP"), ("attention_data", "ADP"), ("expert", "EP"), ("context", "CP")):
-        if degrees.get(key, 1) > 1:
-            cut.append(f"{short}{degrees[key]}")
-    weights = formats["weights"]
-    if formats["activations"] not in (weights, "bf16", "fp16"):
-        weights += f"/{formats['activations']}"
-    clock = worker.get("gpu_clock_hz")
-    return (
-        f"{plan['replicas']} x {' '.join(cut)}, {weights}, KV {formats['kv_cache']}, "
-        f"{batching['max_num_seqs']} seqs / {batching['max_num_batched_tokens']} tokens"
-        + (f", {clock / 1e6:.0f} MHz" if clock else "")
-        + (f", on {worker['pool']}" if pool else "")
-    )
-
-
-def _several_pools(answer: Mapping[str, Any]) -> bool:
-    """Whether the machines differ, so that a plan has to say which of them it takes."""
-    return len(answer["request"]["cluster"]["pools"]) > 1
+# --- tables of plans -----------------------------------------------------------------------------
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
@@ -119,17 +92,6 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
         format_bytes(m["memory_bytes"]),
         f"{m['usd_per_million_output_tokens']:.2f}",
     ]
-
-
-_LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "e2e"}
-
-
-def _above(entry: Mapping[str, Any]) -> str:
-    """`TTFT p95 +337 %`, a line for each bound that is missed."""
-    return "\n".join(
-        f"{_LATENCIES[miss['metric']]} {miss['statistic']} {100 * miss['distance']:+,.0f} %"
-        for miss in entry["slo_misses"]
-    )
 
 
 _COLUMNS = ("GPUs", "e2e mean", "TTFT p95", "TPOT p95", "tok/s", "J/tok", "memory", "$/Mtok")
@@ -151,7 +113,7 @@ def _table(
             "*" if chosen else "",
             plan_words(entry["plan"], pool=pool),
             *_cells(entry),
-            *([_above(entry)] if misses else []),
+            *([above_slo(entry)] if misses else []),
             style="bold" if chosen else "",
         )
     return table
@@ -236,7 +198,7 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
     out = out or console()
     by_id = {entry["id"]: entry for entry in result["plans"]}
     search, workload = result["search"], result.get("workload") or {}
-    request, pool = result["request"], _several_pools(result)
+    request, pool = result["request"], several_pools(result)
     rate = workload.get("rate_rps") or 0.0
     traffic = f"{workload.get('requests', 0):,} requests"
     if not rate:
@@ -265,7 +227,7 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
         more = [
             f"{number} {words}"
             for number, words in (
-                (len(front) - len(apart), f"within {_WORTH:.1%} of one of these".replace("%", " %")),
+                (len(front) - len(apart), f"within {WORTH:.1%} of one of these".replace("%", " %")),
                 (len(apart) - len(shown), "more"),
             )
             if number
@@ -323,56 +285,6 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
             plan = row.get("plan") or by_id.get(row.get("plan_id"), {}).get("plan")
             words = plan_words(plan, pool=pool) if plan else row.get("label", "")
             out.print(Text(f"  {row['words']}: {words}"))
-
-
-def told_apart(
-    front: Sequence[Mapping[str, Any]], objectives: Sequence[str], best: str | None
-) -> list[Mapping[str, Any]]:
-    """A front without the plans that differ by next to nothing from one before them, or from the best."""
-    values = {
-        entry["id"]: np.array([objective_value(name, entry["metrics"]) for name in objectives])
-        for entry in front
-    }
-    kept: list[Mapping[str, Any]] = [entry for entry in front if entry["id"] == best]
-    for entry in front:
-        own = values[entry["id"]]
-        if entry["id"] != best and not any(
-            np.all(np.abs(own - values[other["id"]]) <= _WORTH * np.abs(own)) for other in kept
-        ):
-            kept.append(entry)
-    order = {entry["id"]: place for place, entry in enumerate(front)}
-    return sorted(kept, key=lambda entry: order[entry["id"]])
-
-
-def instead(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Plans that who wants something else takes, and what they change: the best of the front in each other
-    objective, and under an SLO the cheapest simulated plan that meets it where cost is no objective."""
-    by_id = {entry["id"]: entry for entry in result["plans"]}
-    chosen_id, request = result["recommended"]["plan_id"], result["request"]
-    changes: dict[str, list[str]] = {}
-    for row in result["recommended"].get("trade_offs") or ():
-        if row["plan_id"] not in changes and row["gain"] >= _WORTH:
-            shares = [(row["objective"], -row["gain"]), *row["price"].items()]
-            changes[row["plan_id"]] = [f"{name} {_change(name, share)}" for name, share in shares]
-    if "cost" not in request["objectives"] and any((request.get("slo") or {}).values()):
-        cost = OBJECTIVES["cost"].metric
-        meet = [entry for entry in result["plans"] if entry["meets_slo"]]
-        own = by_id[chosen_id]["metrics"][cost]
-        cheapest = min(meet, key=lambda entry: float(entry["metrics"][cost]), default=by_id[chosen_id])
-        least = cheapest["metrics"][cost]
-        if least < 0.995 * own:
-            words = f"cheapest that meets the SLO (${least:.2f}/Mtok, not ${own:.2f})"
-            changes.setdefault(cheapest["id"], []).append(words)
-    pool = _several_pools(result)
-    return [
-        (plan_words(by_id[ident]["plan"], pool=pool), ", ".join(words)) for ident, words in changes.items()
-    ]
-
-
-def _change(objective: str, share: float) -> str:
-    """With its sign; `share` is above zero where a plan is worse."""
-    share = -share if OBJECTIVES[objective].maximise else share
-    return f"{100 * share:+,.0f} %" if abs(share) >= 0.005 else "as good"
 
 
 def _cluster(request: Mapping[str, Any]) -> str:
@@ -558,7 +470,7 @@ def show_sweep(answer: Mapping[str, Any], out: Console | None = None) -> None:
     names = ("", answer["vary"], "plan", "devices", "e2e mean", "TTFT p95", "TPOT p95", "J/tok", "$/Mtok")
     for name in names:
         table.add_column(name, justify="left" if name in ("", "plan") else "right")
-    last, pool = None, _several_pools(answer)
+    last, pool = None, several_pools(answer)
     for point in answer["points"]:
         mark = "" if last is None or point["plan_id"] == last else ">"
         last = point["plan_id"]

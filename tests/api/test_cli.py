@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from api.cli import BAD_INPUT, CATALOGS, DONE, FAULT, INTERRUPTED, NO_PLAN, main
-from api.terminal import instead, plan_words, told_apart
+from api.words import instead, plan_words, told_apart
 from planner import Planner
 from planner.objectives import objective_value
 from tests.api.conftest import ROOT, Captured, Save, command, error_of, python, small_request, synthetic
