@@ -9,6 +9,7 @@ the interval widens with every doubling.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,7 +91,10 @@ _OTHER_ENGINE = 0.25
 _STATIC = 0.08
 #: Interval of memory-bound kernels: one kind was measured, and stands for all.
 _ONE_KIND = (0.7, 1.4)
+#: Whose kernels stand in for an engine's that were not measured, first to last. Latent attention on Hopper:
+#: vLLM's whole layers rise with the context as TensorRT-LLM's kernels do, not as SGLang's (decision 0024).
 _ENGINES = ("sglang", "trtllm", "vllm")
+_LATENT, _ENGINES_LATENT = ("mla_prefill", "mla_decode"), ("trtllm", "sglang", "vllm")
 _LIBRARY = "cublas"
 
 _Around = Callable[[FloatArray], tuple[FloatArray, FloatArray, FloatArray]]
@@ -231,12 +235,14 @@ class LearnedModel:
             if twin is not None:
                 return twin, "transferred", _TWIN
         form = closed_form(asked.family, device, self.engine, asked.dtype).fit
-        if form.device == device.name and form.engine != self.engine:
+        if form.device in (device.name, device.kernels_like) and form.engine != self.engine:
             # Not measured under this engine: the closed form would be another engine's as well.
-            for engine in _ENGINES:
-                other = find(f"{device.name}/{engine}/{ending}", device)
-                if other is not None:
-                    return other, "transferred", _OTHER_ENGINE
+            latent = asked.family in _LATENT and device.architecture == "hopper"
+            for engine in _ENGINES_LATENT if latent else _ENGINES:
+                for name in filter(None, (device.name, device.kernels_like)):
+                    other = find(f"{name}/{engine}/{ending}", device, twin=name != device.name)
+                    if other is not None:
+                        return other, "transferred", math.hypot(_OTHER_ENGINE, _TWIN * (name != device.name))
         for name in filter(None, (device.name, device.kernels_like)):
             # The library that engines call for dense layers, measured by itself.
             library = find(f"{name}/{_LIBRARY}/{ending}", device, twin=name != device.name)

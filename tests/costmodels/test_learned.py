@@ -464,6 +464,22 @@ def test_latent_attention_of_another_engine_stands_in() -> None:
     assert LearnedModel("vllm").predict(op, H200).kind == "transferred"
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "rise_us"),
+    [
+        (H200, "bf16", 660 - 391), (H200, "fp8", 510 - 320),
+        (H100, "bf16", 912 - 519), (H100, "fp8", 556 - 350),
+        (B200, "bf16", 493 - 284), (B200, "fp8", 250 - 160),
+    ],
+)  # fmt: skip
+def test_vllms_latent_attention_rises_as_its_whole_layers_do(device: Any, dtype: str, rise_us: float) -> None:
+    # A layer of DeepSeek V3 cut eight ways, 64 sequences, from 16,384 to 32,768 tokens of context each: all
+    # but attention stays the same. With vLLM 0.24.0 (aiconfigurator-core, mla_generation_module_perf).
+    op = DecodeAttention(64.0, np.array([16_385.0, 32_769.0]), 16, 1, 576, 512, dtype, latent=True)
+    low, high = LearnedModel("vllm").predict(op, device).time_s
+    assert high - low == pytest.approx(rise_us * 1e-6, rel=0.15)
+
+
 def test_power_of_long_kernels_is_learned_and_stays_below_the_limit() -> None:
     model = LearnedModel("vllm")
     big = model.predict(Gemm(np.array([1.0, 64.0, 8192.0]), 16384, 16384), H200)
