@@ -75,6 +75,9 @@ _WIDEN_OTHER_VENDOR = 1.6
 #: Attention kernels differ more than GEMMs: on devices left out in turn, three sets of four needed no more
 #: than this beyond the above to hold nine rows in ten (GEMMs nothing).
 _WIDEN_ATTENTION = 1.2
+#: Latent attention, and what counts against borrowing SGLang's on Hopper, more than another engine does: it
+#: turns an fp8 cache into 16 bits before each call, which others need not (decision 0024).
+LATENT, _WORKAROUND = ("mla_prefill", "mla_decode"), 3.0
 _WIDEN_OTHER_FORMAT = 1.15
 _WIDEN_OTHER_ENGINE = 1.10
 #: Share of the datasheet's peak that a large GEMM reaches where nothing else holds it back.
@@ -152,6 +155,8 @@ def _choose(
                 penalty += relatives.index(item.architecture)
                 if family in ("prefill", "decode"):
                     widen *= _WIDEN_ATTENTION
+                if family in LATENT and (item.engine, item.architecture) == ("sglang", "hopper"):
+                    penalty += _WORKAROUND
                 reasons.append(f"no kernels measured on {device}; efficiencies of {item.device}")
             elif item.device != device:
                 reasons.append(f"same die as {item.device}")

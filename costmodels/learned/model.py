@@ -20,6 +20,7 @@ import numpy.typing as npt
 from costmodels import sizes
 from costmodels.analytic import RooflineModel, format_key
 from costmodels.base import Prediction
+from costmodels.fitted import LATENT
 from costmodels.kernels import (
     COMPILED_SCALES,
     compiled_narrowing,
@@ -94,7 +95,7 @@ _ONE_KIND = (0.7, 1.4)
 #: Whose kernels stand in for an engine's that were not measured, first to last. Latent attention on Hopper:
 #: vLLM's whole layers rise with the context as TensorRT-LLM's kernels do, not as SGLang's (decision 0024).
 _ENGINES = ("sglang", "trtllm", "vllm")
-_LATENT, _ENGINES_LATENT = ("mla_prefill", "mla_decode"), ("trtllm", "sglang", "vllm")
+_ENGINES_LATENT = ("trtllm", "sglang", "vllm")
 _LIBRARY = "cublas"
 
 _Around = Callable[[FloatArray], tuple[FloatArray, FloatArray, FloatArray]]
@@ -237,7 +238,7 @@ class LearnedModel:
         form = closed_form(asked.family, device, self.engine, asked.dtype).fit
         if form.device in (device.name, device.kernels_like) and form.engine != self.engine:
             # Not measured under this engine: the closed form would be another engine's as well.
-            latent = asked.family in _LATENT and device.architecture == "hopper"
+            latent = asked.family in LATENT and device.architecture == "hopper"
             for engine in _ENGINES_LATENT if latent else _ENGINES:
                 for name in filter(None, (device.name, device.kernels_like)):
                     other = find(f"{name}/{engine}/{ending}", device, twin=name != device.name)
