@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from costmodels.learned.packed import joined_planes, planes, short
+
 Matrix = npt.NDArray[np.float32]
 #: Passes over so many rows at the first learning rate; half and a quarter of them follow at lower ones. A
 #: high first rate errs least: at a tenth of it networks stop where prompts of unseen heads err by half more.
@@ -23,6 +25,9 @@ _RATES = ((2e-2, 1.0), (4e-3, 0.5), (5e-4, 0.25))
 _FEWEST, _MOST = 4, 160
 #: Rows of a step.
 _BATCH = 512
+#: Bits of ten that weights' fractions are short of: what that moves (a thousandth) the trees upon a network
+#: put right, and files of attention are a tenth smaller.
+_DROPPED = 5
 
 
 class Layers(NamedTuple):
@@ -64,8 +69,7 @@ class Net:
         return {
             "sizes": np.array([w.shape[0] for w in self.weights], np.int64),
             "range": np.stack([self.mean, self.scale, self.low, self.high]).astype(np.float32),
-            # All first bytes, then all second ones: each kind is alike.
-            "weights": np.ascontiguousarray(np.concatenate(flat).view(np.uint8).reshape(-1, 2).T).reshape(-1),
+            "weights": planes(np.concatenate(flat)),
             "unit": np.array([self.unit]),
         }
 
@@ -73,8 +77,7 @@ class Net:
     def from_arrays(cls, arrays: dict[str, npt.NDArray[Any]]) -> Net:
         """The network that `arrays` describes."""
         sizes = [*arrays["sizes"].tolist(), 1]
-        planes = arrays["weights"].reshape(2, -1)
-        flat, weights, biases, at = np.ascontiguousarray(planes.T).reshape(-1).view(np.float16), [], [], 0
+        flat, weights, biases, at = joined_planes(arrays["weights"], np.float16), [], [], 0
         for rows, cols in itertools.pairwise(sizes):
             weights.append(flat[at : at + rows * cols].reshape(rows, cols))
             at += rows * cols
@@ -120,14 +123,7 @@ def fit_net(
         scale,
         rows.min(axis=0),
         rows.max(axis=0),
-        tuple(_short(weight) for weight in model.coefs_),
-        tuple(_short(bias) for bias in model.intercepts_),
+        tuple(short(weight.astype(np.float16), _DROPPED) for weight in model.coefs_),
+        tuple(short(bias.astype(np.float16), _DROPPED) for bias in model.intercepts_),
         unit,
     )
-
-
-def _short(weights: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
-    """Half precision with five of its ten bits of fraction: what that moves (a thousandth) the trees upon a
-    network put right, and files of attention are a tenth smaller."""
-    bits = weights.astype(np.float16).view(np.uint16).astype(np.uint32) + 0x10
-    return (bits & 0xFFE0).astype(np.uint16).view(np.float16)

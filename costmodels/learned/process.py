@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from costmodels.learned.packed import short
 from costmodels.ops import FloatArray
 
 Matrix = npt.NDArray[np.float32]
@@ -84,11 +85,6 @@ class Process:
         return cls(mean, scale, low, high, length, arrays["anchors"].T, arrays["weights"], base)
 
 
-def _short(rows: Matrix) -> Matrix:
-    """Rounded to 13 bits of fraction, before anything is fitted on them: files are half the size."""
-    return np.asarray(((rows.view(np.int32) + 0x200) & ~0x3FF).view(np.float32))
-
-
 def fit_process(features: Matrix, target: FloatArray, seed: int, search: Search = THOROUGH) -> Process:
     """A process whose lengths are the likeliest for some rows, with weights by all of them."""
     from scipy.linalg import cho_factor, cho_solve
@@ -97,7 +93,8 @@ def fit_process(features: Matrix, target: FloatArray, seed: int, search: Search 
 
     mean, scale = features.mean(axis=0), features.std(axis=0)
     scale = np.where(scale > 1e-6, scale, 1.0)
-    rows = _short(((features - mean) / scale).astype(np.float32))
+    # 13 bits of fraction, before anything is fitted on them: files are half the size.
+    rows = short(((features - mean) / scale).astype(np.float32), 10)
     # What is alike stands together, column by column: so they pack best.
     order = np.lexsort(rows.T)
     rows, target = rows[order].astype(np.float64), target[order]

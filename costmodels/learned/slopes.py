@@ -67,18 +67,24 @@ def boxes(
 
 
 @njit(cache=True, nogil=True)
+def leaf_under(feature, threshold, right, at, rows, row):  # type: ignore[no-untyped-def]
+    """The leaf below node `at` that a row falls on: left, which comes next, up to the threshold."""
+    while feature[at] != LEAF:
+        if rows[row, feature[at]] <= threshold[at]:
+            at += 1
+        else:
+            at = right[at]
+    return at
+
+
+@njit(cache=True, nogil=True)
 def means(feature, threshold, right, roots, start, leans, middle, rows):  # type: ignore[no-untyped-def]
     """[S] of each leaf's rows: the mean of the features that it leans on; the middle where it has no rows."""
     total, count = np.zeros(leans.shape[0]), np.zeros(feature.shape[0])
     for tree in range(roots.shape[0]):
         root = roots[tree]
         for row in range(rows.shape[0]):
-            at = root
-            while feature[at] != LEAF:
-                if rows[row, feature[at]] <= threshold[at]:
-                    at += 1
-                else:
-                    at = right[at]
+            at = leaf_under(feature, threshold, right, root, rows, row)
             count[at] += 1.0
             for place in range(start[at], start[at + 1]):
                 total[place] += rows[row, leans[place]]

@@ -26,13 +26,16 @@ from numba import njit
 
 from costmodels.learned.neighbours import Neighbours
 from costmodels.learned.net import Net
+from costmodels.learned.packed import joined_planes, planes, short
 from costmodels.learned.process import Process
-from costmodels.learned.slopes import LEAF, Boxes, boxes, coded, decoded, means, of_leaf
+from costmodels.learned.slopes import LEAF, Boxes, boxes, coded, decoded, leaf_under, means, of_leaf
 from costmodels.ops import FloatArray
 
 Matrix = npt.NDArray[np.float32]
 FORMAT_VERSION = 9
 _STEPS, _FARTHEST = 63.0, 32_000.0
+#: Bits that a step's fraction is short of: the lower half of single precision.
+_DROPPED = 16
 #: ZIP entries carry a time; a fixed one keeps equal content equal.
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -180,8 +183,8 @@ class Sloped:
         """Named arrays that `from_arrays` takes."""
         trees = self.trees
         own: dict[str, npt.NDArray[Any]] = {
-            "rise": _planes(coded(self.rise)[np.argsort(self.boxes.leans, kind="stable")]),
-            "level": _planes(coded(trees.value[trees.feature == LEAF])),
+            "rise": planes(coded(self.rise)[np.argsort(self.boxes.leans, kind="stable")]),
+            "level": planes(coded(trees.value[trees.feature == LEAF])),
             "range": np.stack([self.low, self.high]),
         }
         return _named(trees=_arrays(replace(trees, value=np.zeros_like(trees.value))), own=own)
@@ -194,8 +197,8 @@ class Sloped:
         low, high = own["range"]
         found = boxes(*_nodes(trees), low, high)
         value, rise = np.zeros(len(trees.feature), np.float32), np.zeros(len(found.leans))
-        value[trees.feature == LEAF] = decoded(_joined_planes(own["level"], np.uint16))
-        rise[np.argsort(found.leans, kind="stable")] = decoded(_joined_planes(own["rise"], np.uint16))
+        value[trees.feature == LEAF] = decoded(joined_planes(own["level"], np.uint16))
+        rise[np.argsort(found.leans, kind="stable")] = decoded(joined_planes(own["rise"], np.uint16))
         return cls(replace(trees, value=value), rise, low, high, found)
 
 
@@ -236,12 +239,7 @@ def _walk(feature, threshold, right, roots, level, start, leans, slope, rows):  
     for tree in range(roots.shape[0]):
         root = roots[tree]
         for row in range(rows.shape[0]):
-            at = root
-            while feature[at] != LEAF:
-                if rows[row, feature[at]] <= threshold[at]:
-                    at += 1
-                else:
-                    at = right[at]
+            at = leaf_under(feature, threshold, right, root, rows, row)
             total = level[at]
             if sloping:
                 for place in range(start[at], start[at + 1]):
@@ -386,16 +384,11 @@ def _quantized(
     """Steps [leaves] of each tree's scale. Leaves that are multiples of such a step stay what they are."""
     low, high = _ends(feature, value, roots)
     # No step is so small that a tree's least leaf is too many of them.
-    step = _shortened_step(np.maximum((high - low) / _STEPS, np.maximum(np.abs(low), 1e-12) / _FARTHEST))
+    step = np.maximum((high - low) / _STEPS, np.maximum(np.abs(low), 1e-12) / _FARTHEST)
+    step = short(step.astype(np.float32), _DROPPED)
     tree = _tree_of_leaves(feature, roots)
     steps = np.rint((value[feature == LEAF].astype(np.float64) - low[tree]) / step[tree])
     return np.clip(steps, 0, _STEPS).astype(np.uint8), _Scale(step, np.rint(low / step).astype(np.int16))
-
-
-def _shortened_step(step: FloatArray) -> Matrix:
-    """With eight bits of fraction: the lower half of single precision is zero."""
-    bits = step.astype(np.float32).view(np.uint32)
-    return np.asarray(((bits + np.uint32(0x8000)) & np.uint32(0xFFFF0000)).view(np.float32))
 
 
 def _dequantized(
@@ -406,15 +399,6 @@ def _dequantized(
     value = np.zeros(len(feature), np.float32)
     value[feature == LEAF] = (scale.first[tree] + steps.astype(np.float32)) * scale.step[tree]
     return value
-
-
-def _planes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """[size n] all first bytes, all second ones, ...: neighbours of a plane are alike."""
-    return np.ascontiguousarray(values.view(np.uint8).reshape(-1, values.itemsize).T).reshape(-1)
-
-
-def _joined_planes(planes: npt.NDArray[np.uint8], kind: type[Any]) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(planes.reshape(np.dtype(kind).itemsize, -1).T).reshape(-1).view(kind)
 
 
 def _arrays(trees: Trees) -> dict[str, npt.NDArray[Any]]:
@@ -436,11 +420,11 @@ def _arrays(trees: Trees) -> dict[str, npt.NDArray[Any]]:
         "inner": np.packbits(inner),
         "split": split,
         "tables": np.array([[number, len(t)] for number, t in zip(used, tables, strict=True)], np.uint16),
-        "thresholds": _planes(np.diff(thresholds, prepend=np.int32(0)).astype(np.int32)),
+        "thresholds": planes(np.diff(thresholds, prepend=np.int32(0)).astype(np.int32)),
         "index": index.astype(np.uint8) if max((len(t) for t in tables), default=0) <= 256 else index,
         "leaf": steps,
-        "step": _planes((scale.step.view(np.uint32) >> 16).astype(np.uint16)),
-        "first": _planes(scale.first),
+        "step": planes((scale.step.view(np.uint32) >> 16).astype(np.uint16)),
+        "first": planes(scale.first),
         **{
             f"{_KINDS[type(part)]}{number}.{name}": array
             for number, part in enumerate(trees.smooth)
@@ -459,12 +443,12 @@ def _from_arrays(arrays: dict[str, npt.NDArray[Any]]) -> Trees:
     start[sizes[:, 0]] = np.cumsum(sizes[:, 1]) - sizes[:, 1]
     index = np.zeros(len(split), np.int64)
     index[np.argsort(split, kind="stable")] = arrays["index"]
-    thresholds = np.cumsum(_joined_planes(arrays["thresholds"], np.int32), dtype=np.int32).view(np.float32)
+    thresholds = np.cumsum(joined_planes(arrays["thresholds"], np.int32), dtype=np.int32).view(np.float32)
     threshold = np.zeros(len(feature), np.float32)
     threshold[inner] = thresholds[start[split] + index]
     right, roots = _preorder(feature)
-    step = (_joined_planes(arrays["step"], np.uint16).astype(np.uint32) << 16).view(np.float32)
-    scale = _Scale(step, _joined_planes(arrays["first"], np.int16))
+    step = (joined_planes(arrays["step"], np.uint16).astype(np.uint32) << 16).view(np.float32)
+    scale = _Scale(step, joined_planes(arrays["first"], np.int16))
     value = _dequantized(arrays["leaf"], scale, feature, roots)
     smooth = _parted(arrays)
     parts = tuple(
