@@ -227,7 +227,7 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
         more = [
             f"{number} {words}"
             for number, words in (
-                (len(front) - len(apart), f"within {WORTH:.1%} of one of these".replace("%", " %")),
+                (len(front) - len(apart), f"within {100 * WORTH:g} % of one of these"),
                 (len(apart) - len(shown), "more"),
             )
             if number

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from planner.evaluate import Evaluation
 from planner.objectives import OBJECTIVES, objective_value
 from planner.pareto import knee
 from planner.search import Judged
-from planner.workload.presets import PRESETS
+from planner.workload.presets import preset
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -308,18 +308,26 @@ def _up(value: float) -> float:
     return rounded if rounded >= value else float(f"{value * 1.005:.3g}")
 
 
-def variations(
-    request: Mapping[str, Any], tried_weights: Sequence[str]
-) -> list[tuple[str, str, dict[str, Any]]]:
-    """(kind, words, request) of what might help beside a weaker SLO: formats, machines, less traffic."""
-    rows: list[tuple[str, str, dict[str, Any]]] = []
+class Variation(NamedTuple):
+    """A request with one thing changed: that in `field`; of a `series` only the first that helps is told."""
+
+    kind: str
+    words: str
+    request: dict[str, Any]
+    field: str
+    series: str
+
+
+def variations(request: Mapping[str, Any], tried_weights: Sequence[str]) -> list[Variation]:
+    """What might help beside a weaker SLO: formats, machines, less traffic."""
+    rows: list[Variation] = []
     for name in _FORMATS:
         if name in tried_weights:
             continue
         other = deepcopy(dict(request))
         other["space"] = {**other.get("space", {}), "weights": [name]}
         other["space"].pop("activations", None)
-        rows.append(("quantization", f"{name} weights", other))
+        rows.append(Variation("quantization", f"{name} weights", other, "space", name))
     pools = request["cluster"]["pools"]
     for index, pool in enumerate(pools):
         nodes, each = pool.get("nodes"), pool.get("devices_per_node")
@@ -332,12 +340,12 @@ def variations(
             if nodes * factor > 1 and not other["cluster"].get("inter_node"):
                 other["cluster"]["inter_node"] = {"kind": "infiniband-400g"}
             words = f"{nodes * factor * each} devices of pool {pool['name']!r} in place of {nodes * each}"
-            rows.append(("devices", words, other))
+            rows.append(Variation("devices", words, other, "cluster", f"pool {pool['name']}"))
             factor *= 2
     return rows + _less_traffic(request)
 
 
-def _less_traffic(request: Mapping[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+def _less_traffic(request: Mapping[str, Any]) -> list[Variation]:
     """Half of the traffic, a quarter and an eighth; none where arrivals have no rate to lower."""
     rows = []
     for share, words in ((0.5, "half"), (0.25, "a quarter"), (0.125, "an eighth")):
@@ -347,14 +355,15 @@ def _less_traffic(request: Mapping[str, Any]) -> list[tuple[str, str, dict[str, 
         if trace is not None:
             trace["rate_scale"] = share * trace.get("rate_scale", 1.0)
         elif synthetic is not None:
-            preset = PRESETS.get(str(synthetic.get("preset") or "").strip().lower(), {})
-            arrivals = dict(synthetic.get("arrivals") or preset.get("arrivals") or {})
+            named = synthetic.get("preset")
+            usual = preset(named, "workload.synthetic.preset") if named else {}
+            arrivals = synthetic.get("arrivals") or usual.get("arrivals") or {}
             if not arrivals.get("rate_rps"):
                 return []
             synthetic["arrivals"] = {**arrivals, "rate_rps": share * arrivals["rate_rps"]}
         else:
             return []
-        rows.append(("traffic", f"{words} of the traffic", other))
+        rows.append(Variation("traffic", f"{words} of the traffic", other, "workload", "traffic"))
     return rows
 
 
@@ -372,19 +381,16 @@ def what_would_help(
     """
     rows = relaxed_slos(judged)
     done: set[str] = set()
-    for kind, words, other in variations(request, tried_weights):
-        # Of what comes in steps only the first that helps is told.
-        steps = {"devices": words.split("pool ")[-1].split(" in place")[0], "traffic": kind}.get(kind, words)
-        if steps in done:
+    for kind, words, other, field, series in variations(request, tried_weights):
+        if series in done:
             continue
         if enough():
             break
         result = plan(other)
         if result is None or result.status != "ok" or result.recommended is None:
             continue
-        done.add(steps)
+        done.add(series)
         entry = result.plan(result.recommended.plan_id)
-        field = {"quantization": "space", "devices": "cluster", "traffic": "workload"}[kind]
         rows.append(
             {
                 "kind": kind,

@@ -494,8 +494,8 @@ def _place_of(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
         shared = sum(1 for _ in alike)
         return len(given) - shared, len(path) - shared, path
 
-    nearest = sorted(found, key=apart)[:1]
-    return ".".join(nearest[0]) if nearest else ""
+    nearest: tuple[str, ...] = min(found, key=apart, default=())
+    return ".".join(nearest)
 
 
 def _model_in(annotation: Any) -> Any:

@@ -155,9 +155,9 @@ def test_less_traffic_is_tried_where_it_has_a_rate(workload: dict[str, Any], rat
     request = {"cluster": {"pools": [{"name": "main"}]}, "space": {}, "workload": workload}
     rows = [row for row in variations(request, ["fp8", "int8", "int4", "fp4"]) if row[0] == "traffic"]
     names = ["half of the traffic", "a quarter of the traffic", "an eighth of the traffic"]
-    assert [words for _, words, _ in rows] == names[: len(rates)]
-    for (_, _, other), rate in zip(rows, rates, strict=True):
-        changed = other["workload"]
+    assert [row.words for row in rows] == names[: len(rates)]
+    for row, rate in zip(rows, rates, strict=True):
+        changed = row.request["workload"]
         if "trace" in changed:
             assert changed["trace"] == {"path": "t.csv", "rate_scale": rate}
         else:
