@@ -34,6 +34,8 @@ _RATES, _AROUND, _COUNTS = (
     (0.5, 0.7, 1.0, 1.5, 2.0, 4.0),
     (1.0, 2.0, 4.0, 8.0),
 )
+#: No target and no price is as large: whole numbers in YAML may be of any size.
+_LARGEST = 1e9
 #: Targets in s, where a request has none.
 _USUAL_BOUNDS = {"slo.ttft_s.p95": 0.5, "slo.tpot_s.p95": 0.05}
 FLEET_EXAMPLE = """\
@@ -159,29 +161,42 @@ async def _sweep_page(
 
 def sweeps_of(asked: Any) -> list[dict[str, str]]:
     """What is worth moving in a request, each with values around its own: words, `vary` and `values`."""
-    asked = asked if isinstance(asked, Mapping) else {}
-    found: list[tuple[str, Sequence[float]]] = [("rate", _RATES)]
-    slo = asked.get("slo") if isinstance(asked.get("slo"), Mapping) else {}
-    bounds = {
-        f"slo.{metric}.{statistic}": bound
-        for metric, row in slo.items() if isinstance(row, Mapping)
-        for statistic, bound in row.items() if isinstance(bound, (int, float)) and bound > 0
-    }  # fmt: skip
-    for path, bound in (bounds or _USUAL_BOUNDS).items():
-        found.append((path, [float(f"{bound * share:.3g}") for share in _AROUND]))
-    cluster = asked.get("cluster")
-    pools = cluster.get("pools") if isinstance(cluster, Mapping) else None
-    for index, pool in enumerate(pools if isinstance(pools, list) else ()):
-        if isinstance(pool, Mapping) and not pool.get("topology"):
-            found += [(f"cluster.pools[{index}].{name}", _COUNTS) for name in ("nodes", "devices_per_node")]
-    prices = asked.get("prices")
-    for device, price in (prices if isinstance(prices, Mapping) else {}).items():
-        if isinstance(price, (int, float)) and price > 0:
-            found.append((f"prices.{device}", [float(f"{price * share:.3g}") for share in _AROUND]))
+
+    def fields(value: Any) -> Mapping[Any, Any]:
+        return value if isinstance(value, Mapping) else {}
+
+    asked = fields(asked)
+    bounds = [
+        (f"slo.{metric}.{statistic}", values)
+        for metric, row in fields(asked.get("slo")).items()
+        for statistic, bound in fields(row).items()
+        if (values := _around(bound))
+    ]
+    pools = fields(asked.get("cluster")).get("pools")
+    machines = [
+        (f"cluster.pools[{index}].{name}", _COUNTS)
+        for index, pool in enumerate(pools if isinstance(pools, list) else ())
+        for name in ("nodes", "devices_per_node")
+        if isinstance(pool, Mapping) and not pool.get("topology")
+    ]
+    prices = [
+        (f"prices.{device}", values)
+        for device, price in fields(asked.get("prices")).items()
+        if (values := _around(price))
+    ]
+    usual = [(path, _around(bound)) for path, bound in _USUAL_BOUNDS.items()]
+    found: list[tuple[str, Sequence[float]]] = [("rate", _RATES), *(bounds or usual), *machines, *prices]
     return [
         {"words": vary_words(path), "vary": path, "values": ", ".join(f"{value:g}" for value in values)}
         for path, values in found
     ]
+
+
+def _around(value: Any) -> list[float]:
+    """Values around a number of a request; none around what cannot be one."""
+    if not isinstance(value, (int, float)) or not 0 < value < _LARGEST:
+        return []
+    return [float(f"{value * share:.3g}") for share in _AROUND]
 
 
 @router.post("/sweep")

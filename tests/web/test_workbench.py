@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from html import unescape
@@ -397,6 +398,8 @@ def test_a_sweep_is_offered_what_is_worth_moving(pages: TestClient) -> None:
         "words": "TTFT p95 target", "vary": "slo.ttft_s.p95", "values": "0.2, 0.28, 0.4, 0.6, 0.8, 1.6",
     }  # fmt: skip
     assert [row["words"] for row in sweeps_of({})][1:] == ["TTFT p95 target", "TPOT p95 target"]
+    huge = {"slo": {"ttft_s": {"p95": 10**400}, "tpot_s": {"p95": math.inf}}, "prices": {"l4": 10**400}}
+    assert sweeps_of(huge) == sweeps_of({})
     for odd in (None, [], {"slo": 3, "cluster": {"pools": {"a": 1}}}, {"slo": {"ttft_s": 1}, "prices": [1]}):
         assert sweeps_of(odd)
     # Taking one keeps what was written, starts nothing, and what is then sent can be asked.
