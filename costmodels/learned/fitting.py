@@ -37,9 +37,9 @@ GRIDDED, _HALF = (("gemm", "bf16"),), 0.45
 #: Families whose other predictors are the mean of two: trees alone, and trees that correct a small network.
 #: They err apart: GEMMs of narrow formats gain 2 to 30 %, experts of models never seen 10.
 HEDGED = ("gemm", "moe")
-#: Decode attention is the mean of flat trees and of trees whose leaves slope (decision 0023). Time rises with
-#: every size there, which flat leaves can only follow in stairs.
-_SLOPES = Setting(100, 95, 0.2, 12)
+#: Decode attention is a mean of flat trees and of trees whose leaves slope (decision 0023), with the weight of
+#: these. Time rises with every size there, which flat leaves can only follow in stairs.
+_SLOPES, _SLOPING = Setting(100, 95, 0.2, 12), 0.7
 #: Of GEMMs in fp8: the sizes of the flat trees, alone and upon a network, and of sloping ones. Other formats
 #: gain nothing by three parts.
 _IN_FP8, _SLOPES_FP8 = Setting(80, 63, 0.15, 8, 0.6), Setting(60, 63, 0.25, 50)
@@ -81,7 +81,7 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     if family == "decode":
         first = boosted(features, target, size, seed, brief=brief)
         second = sloping(features, target, _SLOPES, seed, brief=brief)
-        return _hedged(first, second, _APART, features)
+        return _hedged(first, second, _APART, features, share=_SLOPING)
     if problem.kind == ("gemm", "fp8"):
         first = boosted(features, target, _IN_FP8, seed, brief=brief)
         upon_net = _upon_net(*measured, _IN_FP8, SMALL, seed, brief)
