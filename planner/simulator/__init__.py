@@ -1,7 +1,15 @@
 """Iteration-level batching of a serving engine on one clock. See `core` for the rules."""
 
 from planner.simulator.config import SchedulerConfig
+from planner.simulator.pair import PairResult, Stage, simulate_pair
 from planner.simulator.result import SimulationResult
 from planner.simulator.simulate import simulate
 
-__all__ = ["SchedulerConfig", "SimulationResult", "simulate"]
+__all__ = [
+    "PairResult",
+    "SchedulerConfig",
+    "SimulationResult",
+    "Stage",
+    "simulate",
+    "simulate_pair",
+]

@@ -29,6 +29,10 @@ class SchedulerConfig:
     request_s, request_per_token_s  what the front end adds to every request before the scheduler
                  sees it (HTTP, chat template, tokens of the prompt) and after its tokens leave;
                  it delays a request and occupies no device
+    brought      "" for a worker that computes its prompts; of one that only decodes, how the prompts of
+                 others come: "with_first_token", or "without_last_token" (the KV cache of the prompt's
+                 last token is missing: the first decode step computes it and gives the first token)
+    hands_over   whether the worker hands its requests to another after their prompt
     """
 
     max_num_seqs: int
@@ -46,6 +50,8 @@ class SchedulerConfig:
     router: str = "round_robin"
     request_s: float = 0.0
     request_per_token_s: float = 0.0
+    brought: str = ""
+    hands_over: bool = False
 
     def lead_s(self, input_tokens: FloatArray | IntArray) -> FloatArray:
         """Seconds between a request's arrival and the scheduler's queue, one per request."""

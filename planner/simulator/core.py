@@ -24,6 +24,11 @@ Rules (the same as in `reference`, which is the readable version and proves this
   the slowest stage (`*_cycle` / P each), else one micro-batch's way through all stages
   (`*_latency`). A prompt's tokens leave the pipe no sooner than the latency of its micro-batch:
   what the cycle lacks of it is added to all of this request's token times (its lag).
+* Brought prompts. A worker that only decodes is handed requests with the KV cache of their prompts. Those
+  at the head of the queue join the decodes before a step's chunks are made, while no prompt is under way,
+  where a request would be admitted and their blocks are free. They bring their first token (its time is that of joining), or lack
+  the KV of the prompt's last token, which their first decode step computes and so gives the first token.
+  One that is preempted recomputes its prompt here, as any other.
 * Jump. While no prompt can be scheduled, k decode steps run at once, up to the next completion,
   block shortage, knot of the attention table, window crossing or arrival; their times are affine
   in the step's number, so their sum is closed.
@@ -53,8 +58,12 @@ WAIT, PARTIAL, RUN, GONE = 1, 2, 3, 4
  ENTRY_TOKENS, ENTRY_BLOCKS, ENTRIES, CLOSED, TRIGGERED, CAP,
  D, N, SUM, FREE, ACTIVE, WHEAD, WTAIL, WAITING, PHEAD, PTAIL, OTAIL, INSIDE, ISUM, FHEAP, CHEAP,
  AHEAP, RPTR, REND, PREEMPT, LATE, PEAK, HIT, GROUPS, DONE, QHEAD, QTAIL, RUNFREE, SAMPLES, KFULL,
- KCAP, TOK_MIXED, TOK_DECODE, TOK_PREFILL, EVENTS, ROUTED, STEPS) = range(53)  # fmt: skip
-INTS = 53
+ KCAP, TOK_MIXED, TOK_DECODE, TOK_PREFILL, EVENTS, ROUTED, STEPS, BROUGHT, LOGGED) = range(55)  # fmt: skip
+INTS = 55
+# BROUGHT: how prompts come that another worker computed, if they do. LOGGED: 1 where last tokens are logged,
+# STOPS where `advance` also returns after a step that gave one.
+WITH_FIRST_TOKEN, WITHOUT_LAST_TOKEN = 1, 2
+STOPS = 2
 # A replica's clock and sums.
 (CLOCK, TLAST, ATT_DECODE, ATT_PREFILL, PAIRS, CPAIRS, CTX, CCTX, ITL_SUM, ITL_COUNT, ROWS, SAMPLE_S,
  NEXT_SAMPLE) = range(13)  # fmt: skip
@@ -127,6 +136,8 @@ class Store(NamedTuple):
     w_logits: Any
     nodes: Any
     sample: Any
+    ended: Any  # requests in the order of their last tokens, where that is logged
+    fresh: Any  # brought requests whose first token this step gives
     bits_f: Any
     bits_i: Any
 
@@ -323,6 +334,94 @@ def _unlink(s, wi, i):  # type: ignore[no-untyped-def]
 
 
 @njit(**_OPTIONS)
+def _admit(s, wi, i):  # type: ignore[no-untyped-def]
+    """Take the head of the queue, `i`, into the order of admission."""
+    s[WHEAD] = wi[i, NEXT]
+    if s[WHEAD] < 0:
+        s[WTAIL] = -1
+    s[WAITING] -= 1
+    wi[i, NEXT] = -1
+    wi[i, OPREV] = s[OTAIL]
+    wi[i, ONEXT] = -1
+    if s[OTAIL] >= 0:
+        wi[s[OTAIL], ONEXT] = i
+    s[OTAIL] = i
+    s[ACTIVE] += 1
+
+
+@njit(**_OPTIONS)
+def _join(s, f, wi, wf, residue, fheap, cheap, i, length, rest):  # type: ignore[no-untyped-def]
+    """Put a request among the decodes: `length` tokens have their KV, `rest` tokens are to come."""
+    wi[i, STATUS] = RUN
+    wf[i, FINISH] = f[CLOCK]
+    wi[i, JOINED] = s[D]
+    wi[i, BASE] = length - s[D]
+    wi[i, FIN] = s[D] + rest
+    s[N] += 1
+    s[SUM] += wi[i, BASE]
+    if s[RESERVE] == 0:
+        residue[(-wi[i, BASE]) % s[BLOCK_TOKENS]] += 1
+    if s[FHEAP] >= fheap.shape[0]:
+        # Full of preempted requests' old entries: keep the valid ones only.
+        size = s[FHEAP]
+        s[FHEAP] = 0
+        for e in range(size):
+            v = int(fheap[e, 1])
+            if wi[v, STATUS] == RUN and wi[v, FIN] == fheap[e, 0] and v != i:
+                s[FHEAP] = _push(fheap, s[FHEAP], fheap[e, 0], v)
+    s[FHEAP] = _push(fheap, s[FHEAP], float(wi[i, FIN]), i)
+    cap = s[CAP]
+    if cap > 0 and length + 1 < cap:
+        wi[i, WINDOW] = 1
+        s[INSIDE] += 1
+        s[ISUM] += wi[i, BASE]
+        if s[CHEAP] >= cheap.shape[0]:
+            size = s[CHEAP]
+            s[CHEAP] = 0
+            for e in range(size):
+                v = int(cheap[e, 1])
+                if v != i and wi[v, WINDOW] and cap - 1 - wi[v, BASE] == cheap[e, 0]:
+                    s[CHEAP] = _push(cheap, s[CHEAP], cheap[e, 0], v)
+        key = float(cap - 1 - wi[i, BASE])
+        s[CHEAP] = _push(cheap, s[CHEAP], key, i)
+
+
+@njit(**_OPTIONS)
+def _take_in(s, f, wi, wf, residue, fheap, cheap, nodes, fresh):  # type: ignore[no-untyped-def]
+    """Let brought prompts at the head of the queue join the decodes; returns how many lack a first token."""
+    lacking = 0
+    bt = s[BLOCK_TOKENS]
+    slots = s[PIPELINE] * s[RANKS]
+    while s[WAITING] > 0 and s[ACTIVE] < s[MAX_SEQS]:
+        i = s[WHEAD]
+        if wi[i, GEN] > 0 or (s[MIXED] and s[N] >= slots * s[BUDGET]):
+            break
+        length = wi[i, INPUT]
+        rest = wi[i, OUTPUT] - 1
+        if s[BROUGHT] == WITHOUT_LAST_TOKEN:
+            length -= 1
+            rest += 1
+        # Where decodes run in every step, blocks for this step's tokens have been taken already.
+        tokens = wi[i, INPUT] + wi[i, OUTPUT] - 1 if s[RESERVE] else length + (1 if s[MIXED] else 0)
+        need = (tokens + bt - 1) // bt
+        spare = s[FREE] - need
+        if spare < 0 or (spare < s[WATERMARK] and s[ACTIVE] > 0):
+            break
+        _take(s, nodes, need)
+        _admit(s, wi, i)
+        wi[i, HELD] = need
+        wi[i, DID] = wi[i, INPUT]
+        if s[BROUGHT] == WITH_FIRST_TOKEN:
+            wi[i, GEN] = 1
+            wf[i, FIRST] = f[CLOCK]
+        else:
+            fresh[lacking] = i
+            lacking += 1
+        _join(s, f, wi, wf, residue, fheap, cheap, i, length, rest)
+    return lacking
+
+
+@njit(**_OPTIONS)
 def _leave(s, wi, residue, i):  # type: ignore[no-untyped-def]
     """Take a request out of the decoding set."""
     s[N] -= 1
@@ -336,9 +435,11 @@ def _leave(s, wi, residue, i):  # type: ignore[no-untyped-def]
 
 
 @njit(**_OPTIONS)
-def _finish(s, f, wi, wf, i):  # type: ignore[no-untyped-def]
+def _finish(s, f, wi, wf, ended, i):  # type: ignore[no-untyped-def]
     """A request has its last token now (its blocks are the caller's to release)."""
     _unlink(s, wi, i)
+    if s[LOGGED]:
+        ended[s[DONE]] = i
     wi[i, STATUS] = GONE
     wf[i, FINISH] = f[CLOCK] + wf[i, LAG]
     s[DONE] += 1
@@ -473,6 +574,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
     offset, ids, own = w.offset, w.ids, w.own
     s, f, fheap, cheap, aheap, order = g.ints, g.floats, g.fheap, g.cheap, g.aheap, g.order
     residue, group, chunk, itl, nodes, sample = g.residue, g.group, g.chunk, g.itl, g.nodes, g.sample
+    ended, fresh = g.ended, g.fresh
     w_mixed, w_decode, w_moe_mixed, w_moe_decode = g.w_mixed, g.w_decode, g.w_moe_mixed, g.w_moe_decode
     w_logits, bits_f, bits_i = g.w_logits, g.bits_f, g.bits_i
     stages, ranks, bt, cap = s[PIPELINE], s[RANKS], s[BLOCK_TOKENS], s[CAP]
@@ -527,6 +629,16 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
             if need > 0:
                 _take(s, nodes, need)
             grown = 1
+
+        lacking = 0
+        if s[BROUGHT] > 0 and not preempted and s[WAITING] > 0 and s[PHEAD] < 0:
+            before_n = s[N]
+            lacking = _take_in(s, f, wi, wf, residue, fheap, cheap, nodes, fresh)
+            if s[N] > before_n and not mixed and f[TLAST] < f[CLOCK]:
+                # They join in a pause of the decodes: their next token's gap counts from here.
+                group[0, s[GROUPS]] = f[CLOCK]
+                group[1, s[GROUPS]] = s[N] - before_n
+                s[GROUPS] += 1
 
         # Prompts: those under way, then new ones.
         chunks = 0
@@ -609,23 +721,13 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
             wi[i, DID] = start
             if prefix:
                 _register(s, wi, offset, ids, own, nodes, i, start + q)
-            s[WHEAD] = wi[i, NEXT]
-            if s[WHEAD] < 0:
-                s[WTAIL] = -1
-            s[WAITING] -= 1
+            _admit(s, wi, i)
             wi[i, STATUS] = PARTIAL
-            wi[i, NEXT] = -1
             if s[PTAIL] >= 0:
                 wi[s[PTAIL], NEXT] = i
             else:
                 s[PHEAD] = i
             s[PTAIL] = i
-            wi[i, OPREV] = s[OTAIL]
-            wi[i, ONEXT] = -1
-            if s[OTAIL] >= 0:
-                wi[s[OTAIL], ONEXT] = i
-            s[OTAIL] = i
-            s[ACTIVE] += 1
             chunk[0, chunks] = i
             chunk[1, chunks] = q
             chunks += 1
@@ -820,6 +922,13 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                 if old > 0:
                     _gap(f, itl, bits_f, bits_i, end - f[TLAST], float(old))
                 j = 1
+            elif lacking > 0:
+                # The first token of a request ends no gap.
+                if n > lacking:
+                    _gap(f, itl, bits_f, bits_i, step, float(n - lacking))
+                for e in range(lacking):
+                    wf[fresh[e], FIRST] = f[CLOCK] + step
+                j = 1
             s[GROUPS] = 0
             if k - j > 0:
                 if k - j == 1:
@@ -853,7 +962,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                 context = wi[i, BASE] + s[D]
                 _leave(s, wi, residue, i)
                 blocks = wi[i, HELD] if reserve else (context + bt - 1) // bt
-                _finish(s, f, wi, wf, i)
+                _finish(s, f, wi, wf, ended, i)
                 if prefix:
                     _release(s, wi, offset, ids, own, nodes, i, blocks, wi[i, INPUT] + wi[i, OUTPUT] - 1)
                 else:
@@ -889,7 +998,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
             wi[i, GEN] += 1
             rest = wi[i, OUTPUT] - wi[i, GEN]
             if rest == 0:
-                _finish(s, f, wi, wf, i)
+                _finish(s, f, wi, wf, ended, i)
                 if prefix:
                     _release(s, wi, offset, ids, own, nodes, i, wi[i, HELD], length)
                 else:
@@ -898,37 +1007,7 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
                     _trigger(s, wf, child, sibling, order, aheap, i)
                 continue
             joined += 1
-            wi[i, STATUS] = RUN
-            wf[i, FINISH] = f[CLOCK]
-            wi[i, JOINED] = s[D]
-            wi[i, BASE] = length - s[D]
-            wi[i, FIN] = s[D] + rest
-            s[N] += 1
-            s[SUM] += wi[i, BASE]
-            if not reserve:
-                residue[(-wi[i, BASE]) % bt] += 1
-            if s[FHEAP] >= fheap.shape[0]:
-                # Full of preempted requests' old entries: keep the valid ones only.
-                size = s[FHEAP]
-                s[FHEAP] = 0
-                for e2 in range(size):
-                    v = int(fheap[e2, 1])
-                    if wi[v, STATUS] == RUN and wi[v, FIN] == fheap[e2, 0] and v != i:
-                        s[FHEAP] = _push(fheap, s[FHEAP], fheap[e2, 0], v)
-            s[FHEAP] = _push(fheap, s[FHEAP], float(wi[i, FIN]), i)
-            if cap > 0 and length + 1 < cap:
-                wi[i, WINDOW] = 1
-                s[INSIDE] += 1
-                s[ISUM] += wi[i, BASE]
-                if s[CHEAP] >= cheap.shape[0]:
-                    size = s[CHEAP]
-                    s[CHEAP] = 0
-                    for e2 in range(size):
-                        v = int(cheap[e2, 1])
-                        if v != i and wi[v, WINDOW] and cap - 1 - wi[v, BASE] == cheap[e2, 0]:
-                            s[CHEAP] = _push(cheap, s[CHEAP], cheap[e2, 0], v)
-                key = float(cap - 1 - wi[i, BASE])
-                s[CHEAP] = _push(cheap, s[CHEAP], key, i)
+            _join(s, f, wi, wf, residue, fheap, cheap, i, length, rest)
         if joined > 0 and not mixed:
             group[0, s[GROUPS]] = f[CLOCK]
             group[1, s[GROUPS]] = joined
@@ -941,6 +1020,8 @@ def advance(t, w, g, until):  # type: ignore[no-untyped-def]
             sample[e, 3] = s[BLOCKS] - s[FREE]
             s[SAMPLES] += 1
             f[NEXT_SAMPLE] = f[CLOCK] + f[SAMPLE_S]
+        if s[LOGGED] == STOPS and s[LATE] > 0:
+            return
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -949,7 +1030,8 @@ def view(g, r):  # type: ignore[no-untyped-def]
     return Store(
         g.ints[r], g.floats[r], g.fheap[r], g.cheap[r], g.aheap[r], g.order[r], g.residue[r],
         g.group[r], g.chunk[r], g.itl[r], g.w_mixed[r], g.w_decode[r], g.w_moe_mixed[r],
-        g.w_moe_decode[r], g.w_logits[r], g.nodes[r], g.sample[r], g.bits_f[r], g.bits_i[r],
+        g.w_moe_decode[r], g.w_logits[r], g.nodes[r], g.sample[r], g.ended[r], g.fresh[r], g.bits_f[r],
+        g.bits_i[r],
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from planner.simulator.simulate import (
     LEAST_OUTSTANDING,
     MIXED,
     RESERVE,
+    WITH_FIRST_TOKEN,
+    WITHOUT_LAST_TOKEN,
     assign,
     cache_entries,
     check,
@@ -187,6 +189,34 @@ class Replica:
             request.blocks += self.pool.allocate(1)
         return preempted
 
+    def take_in(self) -> list[Request]:
+        """Let prompts that others computed join the decodes; returns those whose first token is to come."""
+        c, fresh = self.c, []
+        mixed = c.policy == MIXED
+        while self.waiting and len(self.active) < c.max_num_seqs * c.attention_data:
+            request = self.waiting[0]
+            slots = c.pipeline * c.attention_data
+            if request.generated > 0 or (mixed and len(self.running) >= slots * c.max_num_batched_tokens):
+                break
+            computed = request.input_tokens - (c.brought == WITHOUT_LAST_TOKEN)
+            tokens = computed + mixed
+            if c.admission == RESERVE:
+                tokens = request.input_tokens + request.output_tokens - 1
+            spare = len(self.pool.free) - self.blocks_for(tokens)
+            if spare < 0 or (spare < self.watermark and self.active):
+                break
+            request.blocks += self.pool.allocate(self.blocks_for(tokens))
+            request.computed = computed
+            if c.brought == WITH_FIRST_TOKEN:
+                request.generated = 1
+                request.first_s = request.last_token_s = self.clock
+            else:
+                fresh.append(request)
+            self.waiting.pop(0)
+            self.active.append(request)
+            self.running.append(request)
+        return fresh
+
     def chunk_of(self, left: int, room: int, remaining: int) -> int:
         """Tokens of a prompt's next chunk, 0 when it has to wait."""
         tokens = min(remaining, left, room)
@@ -266,6 +296,7 @@ class Replica:
         self.late = 0
         mixed = c.policy == MIXED
         preempted = self.grow() if mixed and self.running else False
+        fresh = self.take_in() if c.brought and not preempted and not self.partial else []
         chunks, lost, room = self.schedule(len(self.running) if mixed else 0, admit=not preempted)
         preempted = preempted or lost
         if not mixed and not chunks and self.running:
@@ -276,7 +307,10 @@ class Replica:
         took, lag = self.duration(decodes, chunks, room)
         self.clock += took
         for request in sorted(decodes, key=lambda r: r.row):
-            self.gaps.append(self.clock - request.last_token_s)
+            if request in fresh:
+                request.first_s = self.clock
+            else:
+                self.gaps.append(self.clock - request.last_token_s)
             request.last_token_s = self.clock
             request.computed += 1
             request.generated += 1

@@ -108,25 +108,34 @@ class SimulationResult:
     @cached_property
     def breakdown_s(self) -> dict[str, float]:
         """Seconds of the makespan by what a device does, averaged over devices; sums to it."""
+        spent = dict(self.busy_s)
+        spent["idle"] = self.makespan_s - sum(spent.values())
+        return spent
+
+    @cached_property
+    def busy_s(self) -> dict[str, float]:
+        """The same without what is left of the makespan."""
         work = self.work
         spent = dict.fromkeys(CATEGORIES, 0.0)
         for category, rows in self.tables.breakdown_s.items():
             spent[category] += sum(self._over_batches(name, values) for name, values in rows.items())
         spent["attention"] += work.attention_decode_s + work.attention_prefill_s
-        spent = {name: seconds / self.replicas for name, seconds in spent.items()}
-        spent["idle"] = self.makespan_s - sum(spent.values())
-        return spent
+        return {name: seconds / self.replicas for name, seconds in spent.items()}
 
     @cached_property
     def energy_j(self) -> float:
         """Integral of power over the makespan: idle of all devices, and the work above it."""
+        return self.work_j + self.idle_w_per_device * self.devices * self.makespan_s
+
+    @cached_property
+    def work_j(self) -> float:
+        """Energy of the work above idle."""
         work, tables = self.work, self.tables
         dynamic = sum(self._over_batches(name, values) for name, values in tables.energy_j.items())
         # Attention draws its power in one stage at a time; its seconds are averaged over stages.
         joules = work.attention_decode_s * tables.decode_attention_w
         joules += work.attention_prefill_s * tables.prefill_attention_w
-        dynamic += joules * tables.pipeline
-        return dynamic + self.idle_w_per_device * self.devices * self.makespan_s
+        return dynamic + joules * tables.pipeline
 
     @cached_property
     def flops(self) -> float:
@@ -183,8 +192,44 @@ class SimulationResult:
                 good &= ~several | ((self.finish_s - self.first_s) <= limit * (self.output_tokens - 1))
         return int(good.sum())
 
+    @property
+    def mfu(self) -> float:
+        """Share of what the devices could compute in the makespan."""
+        most = self.peak_flops_per_s * self.devices * self.makespan_s
+        return self.flops / most if most > 0 else 0.0
+
+    @property
+    def mbu(self) -> float:
+        """Share of what the devices' memory could move in the makespan."""
+        most = self.memory_bandwidth_bytes_per_s * self.devices * self.makespan_s
+        return self.bytes_moved / most if most > 0 else 0.0
+
     def metrics(self) -> dict[str, Any]:
         """Every metric of a result, in the published names; undefined statistics are None."""
+        return self.metrics_with(
+            devices=self.devices,
+            energy_j=self.energy_j,
+            usd_per_hour=self.usd_per_hour,
+            mfu=self.mfu,
+            mbu=self.mbu,
+            preemptions=self.work.preemptions,
+            cached_tokens=self.work.cached_tokens,
+            breakdown_s=self.breakdown_s,
+        )
+
+    def metrics_with(
+        self,
+        *,
+        devices: int,
+        energy_j: float,
+        usd_per_hour: float,
+        mfu: float,
+        mbu: float,
+        preemptions: int,
+        cached_tokens: int,
+        breakdown_s: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """The same, of these requests' times, when more machines than these had a part in them."""
         requests = len(self.arrival_s)
         makespan = self.makespan_s
         outputs = float(self.output_tokens.sum())
@@ -196,10 +241,8 @@ class SimulationResult:
             tpot = (finish - first)[several] / (self.output_tokens[several] - 1)
         itl_mean = self.work.itl_sum_s / self.work.itl_count if self.work.itl_count else float("nan")
         itl = dict(zip(("p50", "p90", "p95", "p99"), self.itl_percentiles(PERCENTILES), strict=True))
-        energy = self.energy_j
         rate = 1.0 / makespan if makespan > 0 else 0.0
         good = requests if not any(self.slo.values()) else self.goodput_requests()
-        capacity = self.devices * makespan
         return {
             "ttft_s": statistics(first - self.arrival_s),
             "tpot_s": statistics(tpot),
@@ -209,21 +252,21 @@ class SimulationResult:
             "e2e_s": statistics(finish - self.arrival_s),
             "makespan_s": makespan,
             "output_tokens_per_s": outputs * rate,
-            "output_tokens_per_s_per_device": outputs * rate / self.devices,
+            "output_tokens_per_s_per_device": outputs * rate / devices,
             "requests_per_s": requests * rate,
             "goodput_rps": good * rate,
-            "energy_j": energy,
-            "energy_j_per_output_token": energy / outputs,
-            "power_w": energy * rate,
-            "devices": self.devices,
-            "power_w_per_device": energy * rate / self.devices,
-            "usd_per_hour": self.usd_per_hour,
-            "usd_per_million_output_tokens": self.usd_per_hour * makespan / 3600.0 / outputs * 1e6,
-            "mfu": self.flops / (self.peak_flops_per_s * capacity) if capacity > 0 else 0.0,
-            "mbu": self.bytes_moved / (self.memory_bandwidth_bytes_per_s * capacity) if capacity > 0 else 0.0,
-            "preemptions": self.work.preemptions,
-            "prefix_hit_rate": self.work.cached_tokens / float(self.input_tokens.sum()),
-            "breakdown_s": self.breakdown_s,
+            "energy_j": energy_j,
+            "energy_j_per_output_token": energy_j / outputs,
+            "power_w": energy_j * rate,
+            "devices": devices,
+            "power_w_per_device": energy_j * rate / devices,
+            "usd_per_hour": usd_per_hour,
+            "usd_per_million_output_tokens": usd_per_hour * makespan / 3600.0 / outputs * 1e6,
+            "mfu": mfu,
+            "mbu": mbu,
+            "preemptions": preemptions,
+            "prefix_hit_rate": cached_tokens / float(self.input_tokens.sum()),
+            "breakdown_s": dict(breakdown_s),
         }
 
 
@@ -260,8 +303,9 @@ def collect(
     memory_bandwidth_bytes_per_s: float,
     usd_per_hour: float,
     slo: Mapping[str, Mapping[str, float]],
+    expected: int | None = None,
 ) -> SimulationResult:
-    """Merge the replicas' stores into one result."""
+    """Merge the replicas' stores into one result; `expected` requests ended there, all by default."""
 
     def integer(name: int) -> int:
         return int(sum(int(store.ints[:, name].sum()) for store in stores))
@@ -272,8 +316,9 @@ def collect(
     def histogram(name: str) -> FloatArray:
         return np.asarray(np.sum([getattr(store, name).sum(axis=0) for store in stores], axis=0))
 
-    if integer(core.DONE) != len(workload):
-        raise RuntimeError(f"simulation ended with {integer(core.DONE)} of {len(workload)} requests done")
+    expected = len(workload) if expected is None else expected
+    if integer(core.DONE) != expected:
+        raise RuntimeError(f"simulation ended with {integer(core.DONE)} of {expected} requests done")
     work = Work(
         batches={name: histogram(f"w_{name}") for name in _TABLES},
         attention_decode_s=number(core.ATT_DECODE),

@@ -18,6 +18,12 @@ from planner.workload.workload import Workload
 MIXED, PREFILL_FIRST = "mixed", "prefill_first"
 ON_DEMAND, RESERVE = "on_demand", "reserve_output"
 ROUND_ROBIN, LEAST_OUTSTANDING = "round_robin", "least_outstanding"
+WITH_FIRST_TOKEN, WITHOUT_LAST_TOKEN = "with_first_token", "without_last_token"
+_BROUGHT = {
+    "": 0,
+    WITH_FIRST_TOKEN: core.WITH_FIRST_TOKEN,
+    WITHOUT_LAST_TOKEN: core.WITHOUT_LAST_TOKEN,
+}
 _TIMELINE_POINTS = 2000
 
 
@@ -44,13 +50,13 @@ def simulate(
     """
     check(workload, tables, config)
     rows, replica = assign(workload, config)
-    tab, req = _tables(tables), _rows(workload, tables, config)
+    tab, req = compiled_tables(tables), request_rows(workload, config)
     lead_s = config.lead_s(workload.input_tokens)
     stores: list[core.Store] = []
     if config.router == LEAST_OUTSTANDING and config.replicas > 1 and not workload.concurrency:
-        roots = _queue_order(np.flatnonzero(workload.parent < 0), req)
-        store = _store(workload, tables, config, req, config.replicas, len(roots), timeline)
-        sessions, count = _session_index(workload)
+        roots = queue_order(np.flatnonzero(workload.parent < 0), req)
+        store = empty_store(workload, tables, config, req, config.replicas, len(roots), timeline=timeline)
+        sessions, count = session_index(workload)
         replica_of = np.full(count, -1, np.int64)
         core.route(tab, req, store, roots, sessions, replica_of)
         replica = replica_of[sessions]
@@ -59,14 +65,14 @@ def simulate(
         for index, mine in enumerate(rows):
             if not len(mine):
                 continue
-            store = _store(workload, tables, config, req, 1, len(mine), timeline)
-            store.order[0] = mine if workload.concurrency else _queue_order(mine, req)
+            store = empty_store(workload, tables, config, req, 1, len(mine), timeline=timeline)
+            store.order[0] = mine if workload.concurrency else queue_order(mine, req)
             store.ints[0, core.REND] = len(mine)
             if workload.concurrency:
                 started = min(_clients(workload.concurrency, config.replicas, index), len(mine))
                 req.floats[mine, core.ARRIVE] = lead_s[mine]
                 store.ints[0, core.RPTR] = store.ints[0, core.AHEAP] = started
-                first = _queue_order(mine[:started], req)  # ascending, so it is a heap
+                first = queue_order(mine[:started], req)  # ascending, so it is a heap
                 store.aheap[0, :started, 0] = lead_s[first]
                 store.aheap[0, :started, 1] = first
             core.advance(tab, req, core.Store(*(array[0] for array in store)), np.inf)
@@ -99,6 +105,8 @@ def check(workload: Workload, tables: StepTables, config: SchedulerConfig) -> No
         raise ValueError(f"unknown scheduler {config.policy}/{config.admission}")
     if config.router not in (ROUND_ROBIN, LEAST_OUTSTANDING):
         raise ValueError(f"unknown router {config.router}")
+    if config.brought not in _BROUGHT or (config.brought == WITHOUT_LAST_TOKEN and config.policy != MIXED):
+        raise ValueError(f"prompts cannot come {config.brought!r} to a {config.policy} scheduler")
     if min(config.max_num_seqs, config.max_num_batched_tokens, config.replicas, config.block_tokens) < 1:
         raise ValueError("scheduler limits must be positive")
     sequences = min(config.max_num_seqs, len(workload))
@@ -123,18 +131,18 @@ def assign(workload: Workload, config: SchedulerConfig) -> tuple[list[Any], Any]
     roots = np.flatnonzero(workload.parent < 0)
     if config.replicas == 1:
         return [roots], np.zeros(len(workload), np.int64)
-    sessions, _ = _session_index(workload)
+    sessions, _ = session_index(workload)
     # Fewer clients than replicas: the rest stay idle.
     replica = sessions % min(config.replicas, workload.concurrency or config.replicas)
     return [roots[replica[roots] == r] for r in range(config.replicas)], replica
 
 
-def _queue_order(rows: Any, req: core.Rows) -> Any:
+def queue_order(rows: Any, req: core.Rows) -> Any:
     """Rows in the order in which the scheduler sees them; of two at once the lower row first."""
     return rows[np.argsort(req.floats[rows, core.ARRIVE], kind="stable")]
 
 
-def _session_index(workload: Workload) -> tuple[Any, int]:
+def session_index(workload: Workload) -> tuple[Any, int]:
     """[N] sessions numbered in order of first appearance among the rows, and how many."""
     session = workload.session
     ids, first, inverse = np.unique(session, return_index=True, return_inverse=True)
@@ -171,10 +179,11 @@ def cache_entries(workload: Workload, config: SchedulerConfig) -> tuple[Any, Any
 
 def uses_prefixes(workload: Workload, config: SchedulerConfig) -> bool:
     """Whether the prefix cache can matter at all."""
-    return config.prefix_caching and workload.block_tokens > 0 and len(workload.prefix_ids) > 0
+    known = workload.block_tokens > 0 and len(workload.prefix_ids) > 0
+    return config.prefix_caching and known and not config.brought
 
 
-def _tables(tables: StepTables) -> core.Tables:
+def compiled_tables(tables: StepTables) -> core.Tables:
     """The tables' arrays as the compiled core takes them."""
     sequences = np.arange(len(tables.decode_latency_s), dtype=np.float64)
     knots = tables.decode_seq_knots
@@ -207,7 +216,7 @@ def _tables(tables: StepTables) -> core.Tables:
     )
 
 
-def _rows(workload: Workload, tables: StepTables, config: SchedulerConfig) -> core.Rows:
+def request_rows(workload: Workload, config: SchedulerConfig) -> core.Rows:
     """Requests with their state, in columns."""
     n = len(workload)
     ints = np.zeros((n, core.ROW_INTS), np.int64)
@@ -239,16 +248,19 @@ def _rows(workload: Workload, tables: StepTables, config: SchedulerConfig) -> co
     )
 
 
-def _store(
+def empty_store(
     workload: Workload,
     tables: StepTables,
     config: SchedulerConfig,
     req: core.Rows,
     replicas: int,
     roots: int,
-    timeline: bool,
+    *,
+    timeline: bool = False,
+    pending: int = 0,
 ) -> core.Store:
-    """Empty state of replicas that run together, with room for `roots` roots each."""
+    """Empty state of replicas that run together, with room for `roots` roots each and for the arrivals that
+    others trigger, or for `pending` of them."""
     n = len(workload)
     prefix = uses_prefixes(workload, config)
     triggered = (
@@ -282,6 +294,8 @@ def _store(
         (core.PHEAD, -1),
         (core.PTAIL, -1),
         (core.OTAIL, -1),
+        (core.BROUGHT, _BROUGHT[config.brought]),
+        (core.LOGGED, bool(config.brought) or config.hands_over),
     ):
         ints[:, name] = int(value)
     entries = int(req.ids.max()) + 1 if prefix and len(req.ids) else 0
@@ -296,11 +310,13 @@ def _store(
         nodes[:, entries + 1 : -1, core.QNEXT] = np.arange(entries + 2, nodes.shape[1])
     active = min(config.max_num_seqs * config.attention_data, n)
     heap = 2 * active + 16
-    pending = int((workload.parent >= 0).sum()) + min(workload.concurrency, n) + 1 if triggered else 1
+    if not pending:
+        pending = int((workload.parent >= 0).sum()) + min(workload.concurrency, n) + 1 if triggered else 1
 
     def counts(*shape: int) -> Any:
         return np.zeros((replicas, *shape))
 
+    logged = n if config.brought or config.hands_over else 1
     bits = counts(1)
     return core.Store(
         ints=ints,
@@ -320,6 +336,8 @@ def _store(
         w_logits=counts(len(tables.logits_s)),
         nodes=nodes,
         sample=counts(_TIMELINE_POINTS if timeline else 1, 4),
+        ended=np.zeros((replicas, logged), np.int64),
+        fresh=np.zeros((replicas, active + 1 if config.brought else 1), np.int64),
         bits_f=bits,
         bits_i=bits.view(np.int64),
     )
