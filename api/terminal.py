@@ -111,12 +111,18 @@ def _table(
         chosen = entry["id"] == best
         table.add_row(
             "*" if chosen else "",
-            plan_words(entry["plan"], pool=pool),
+            plan_words(entry["plan"], pool=pool, short=True),
             *_cells(entry),
             *([above_slo(entry)] if misses else []),
             style="bold" if chosen else "",
         )
     return table
+
+
+def _legend(out: Console, plans: Sequence[Mapping[str, Any]]) -> None:
+    """What the short names of disaggregated plans mean, where a table has some."""
+    if any(plan.get("serving") == "disaggregated" for plan in plans):
+        out.print(Text("A > B: workers A compute prompts (prefill), workers B decode"), style="dim")
 
 
 # --- a plot in characters ------------------------------------------------------------------------
@@ -224,6 +230,7 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
         if best and best not in {entry["id"] for entry in shown}:
             shown = [*shown[:-1], by_id[best]]
         out.print(_table(shown, best, pool=pool))
+        _legend(out, [entry["plan"] for entry in shown])
         more = [
             f"{number} {words}"
             for number, words in (
@@ -240,7 +247,9 @@ def show_result(result: Mapping[str, Any], out: Console | None = None) -> None:
             out.print(Text(drawn))
     elif result["plans"]:
         out.print(Text("No plan meets the SLO. The nearest, each with its best batching:"), style="bold")
-        out.print(_table(nearest_ways(result["plans"], MAX_NEAREST), None, pool=pool, misses=True))
+        nearest = nearest_ways(result["plans"], MAX_NEAREST)
+        out.print(_table(nearest, None, pool=pool, misses=True))
+        _legend(out, [entry["plan"] for entry in nearest])
     else:
         out.print(Text("No plan can serve this."), style="bold")
     if result["recommended"]:
@@ -328,10 +337,15 @@ def show_evaluation(answer: Mapping[str, Any], out: Console | None = None) -> No
     spent = entry["breakdown_s"]
     total = sum(spent.values()) or 1.0
     out.print(Text("time: " + ", ".join(f"{name} {100 * s / total:.0f} %" for name, s in spent.items())))
-    memory = entry["memory_bytes_per_device"]
-    out.print(
-        Text("memory per device: " + ", ".join(f"{name} {format_bytes(b)}" for name, b in memory.items()))
-    )
+    kinds = [("memory per device", entry["memory_bytes_per_device"])]
+    if entry.get("prefill_memory_bytes_per_device"):
+        kinds = [
+            ("memory per device, prefill workers", entry["prefill_memory_bytes_per_device"]),
+            ("memory per device, decode workers", entry["memory_bytes_per_device"]),
+        ]
+    for title, memory in kinds:
+        held = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.items())
+        out.print(Text(f"{title}: {held}"))
     for miss in entry["slo_misses"]:
         out.print(
             Text(f"misses {miss['metric']} {miss['statistic']}: {format_seconds(miss['value_s'])} above "
@@ -482,12 +496,13 @@ def show_sweep(answer: Mapping[str, Any], out: Console | None = None) -> None:
         missed = "" if point["status"] == "ok" else "  (misses the SLO)"
         table.add_row(
             mark, f"{point['value']:g}",
-            plan_words(point["plan"], pool=pool) + missed, str(metrics["devices"]),
+            plan_words(point["plan"], pool=pool, short=True) + missed, str(metrics["devices"]),
             format_seconds(metrics["e2e_s"]["mean"]), format_seconds(metrics["ttft_s"]["p95"]),
             format_seconds(tpot) if tpot is not None else "-",
             f"{metrics['energy_j_per_output_token']:.3g}", f"{metrics['usd_per_million_output_tokens']:.3g}",
         )  # fmt: skip
     out.print(table)
+    _legend(out, [point["plan"] for point in answer["points"] if point.get("plan")])
     count = len(answer["changes"])
     times = "once" if count == 1 else f"{count} times"
     out.print(

@@ -14,24 +14,56 @@ WORTH = 0.005
 _LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "e2e"}
 
 
-def plan_words(plan: Mapping[str, Any], *, pool: bool = False) -> str:
-    """`2 x TP4 PP2, fp8, KV fp8, 256 seqs / 8192 tokens`; with `pool`, on which machines as well."""
-    worker = plan["worker"]
-    degrees, formats, batching = worker["parallelism"], worker["quantization"], worker["batching"]
+def plan_words(plan: Mapping[str, Any], *, pool: bool = False, short: bool = False) -> str:
+    """`2 x TP4 PP2, fp8, KV fp8, 256 seqs / 8192 tokens`; with `pool`, on which machines as well.
+
+    A disaggregated plan: `1 x TP4 prefill + 2 x TP2 decode, fp8, KV fp8, 64 seqs / 8192 tokens`, with the
+    sequences of its decode workers and the tokens of its prefill workers; what both share is said once.
+    `short`: `1 x TP4 > 2 x TP2, ...`, for tables whose legend says so.
+    """
+    if plan.get("serving") != "disaggregated":
+        worker = plan["worker"]
+        limits = _limits(worker["batching"], worker["batching"])
+        place = f", on {worker['pool']}" if pool else ""
+        return f"{_cut(plan)}, {_formats(worker)}, {limits}{_clock(worker)}{place}"
+    parts = {role: plan[role]["worker"] for role in ("prefill", "decode")}
+    one, two = (_formats(worker) + _clock(worker) for worker in parts.values())
+    places = {role: f" on {worker['pool']}" if pool else "" for role, worker in parts.items()}
+    apart = {"prefill": "", "decode": ""} if one == two else {"prefill": f" {one}", "decode": f" {two}"}
+    names = {role: "" if short else f" {role}" for role in parts}
+    cuts = (" > " if short else " + ").join(
+        f"{_cut(plan[role])}{apart[role]}{names[role]}{places[role]}" for role in parts
+    )
+    limits = _limits(parts["decode"]["batching"], parts["prefill"]["batching"])
+    return f"{cuts}, {one}, {limits}" if one == two else f"{cuts}, {limits}"
+
+
+def _cut(part: Mapping[str, Any]) -> str:
+    """`2 x TP4 PP2`."""
+    degrees = part["worker"]["parallelism"]
     cut = [f"TP{degrees['tensor']}"]
     for key, short in (("pipeline", "PP"), ("attention_data", "ADP"), ("expert", "EP"), ("context", "CP")):
         if degrees.get(key, 1) > 1:
             cut.append(f"{short}{degrees[key]}")
+    return f"{part['replicas']} x {' '.join(cut)}"
+
+
+def _formats(worker: Mapping[str, Any]) -> str:
+    """`fp8, KV fp8`."""
+    formats = worker["quantization"]
     weights = formats["weights"]
     if formats["activations"] not in (weights, "bf16", "fp16"):
         weights += f"/{formats['activations']}"
+    return f"{weights}, KV {formats['kv_cache']}"
+
+
+def _clock(worker: Mapping[str, Any]) -> str:
     clock = worker.get("gpu_clock_hz")
-    return (
-        f"{plan['replicas']} x {' '.join(cut)}, {weights}, KV {formats['kv_cache']}, "
-        f"{batching['max_num_seqs']} seqs / {batching['max_num_batched_tokens']} tokens"
-        + (f", {clock / 1e6:.0f} MHz" if clock else "")
-        + (f", on {worker['pool']}" if pool else "")
-    )
+    return f", {clock / 1e6:.0f} MHz" if clock else ""
+
+
+def _limits(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str:
+    return f"{decode['max_num_seqs']} seqs / {prefill['max_num_batched_tokens']} tokens"
 
 
 def several_pools(answer: Mapping[str, Any]) -> bool:

@@ -74,6 +74,19 @@ def batching(row: Any, ranks: int, settings: Launched) -> dict[str, Any]:
     return found
 
 
+def lengths(row: Any, nominal: float) -> dict[str, Any]:
+    """Lengths of a run around a nominal one."""
+    if "uniform" in row.length_dist:
+        return {"distribution": "uniform", "low": int(0.8 * nominal), "high": int(nominal)}
+    return {"distribution": "constant", "value": int(nominal)}
+
+
+def engine_of(row: Any) -> dict[str, str]:
+    """A run's engine. Development builds are named freely ("nightly-dev"): the newest profile stands for them."""
+    numbered = isinstance(row.backend_version, str) and re.match(r"\d+(\.\d+)+", row.backend_version)
+    return {"name": row.backend, **({"version": numbered.group()} if numbered else {})}
+
+
 def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(request, plan) of one run."""
     tensor = int(row.tp_size_corrected)
@@ -85,19 +98,9 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     concurrency = int(row.concurrency)
     per_node = 4 if row.system.startswith("gb") else 8
     settings = launched(row)
-    uniform = "uniform" in row.length_dist
-
-    def lengths(nominal: float) -> dict[str, Any]:
-        if uniform:
-            return {"distribution": "uniform", "low": int(0.8 * nominal), "high": int(nominal)}
-        return {"distribution": "constant", "value": int(nominal)}
-
-    # Development builds are named freely ("nightly-dev"); the newest profile stands for them.
-    numbered = isinstance(row.backend_version, str) and re.match(r"\d+(\.\d+)+", row.backend_version)
-    version = numbered.group() if numbered else None
     request = {
         "model": row.model_path,
-        "engine": {"name": row.backend, **({"version": version} if version else {})},
+        "engine": engine_of(row),
         "cluster": {
             "pools": [
                 {
@@ -112,8 +115,8 @@ def question(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "synthetic": {
                 "arrivals": {"process": "closed", "concurrency": concurrency},
                 "requests": max(64, 10 * concurrency),
-                "input_tokens": lengths(row.isl_nominal),
-                "output_tokens": lengths(row.osl_nominal),
+                "input_tokens": lengths(row, row.isl_nominal),
+                "output_tokens": lengths(row, row.osl_nominal),
                 "seed": 0,
             }
         },

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -23,6 +23,7 @@ from planner.engines import EngineProfile
 from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
 from planner.objectives import OBJECTIVES, bound_vector
+from planner.pairs import Point
 from planner.plans import PlanPoint, PlanSpace, check_engine, check_plan, half_format
 from planner.request import Site
 from planner.reuse import Runs
@@ -34,15 +35,16 @@ from planner.workload import Workload
 class Evaluation:
     """A simulated plan: metrics in the contract's names, memory, interval, provenance."""
 
-    point: PlanPoint
+    point: Point
     metrics: dict[str, Any]
     memory: MemoryPlan
     breakdown_s: dict[str, float]
     interval: dict[str, dict[str, tuple[float, float]]]
+    prefill_memory: MemoryPlan | None = None  # of a disaggregated plan; `memory` is its decode workers'
 
     def entry(self, meets_slo: bool, misses: list[dict[str, Any]]) -> dict[str, Any]:
         """One element of `plans` in the result."""
-        return {
+        found = {
             "id": self.point.id,
             "plan": self.point.to_dict(),
             "meets_slo": meets_slo,
@@ -55,6 +57,9 @@ class Evaluation:
             },
             "breakdown_s": self.breakdown_s,
         }
+        if self.prefill_memory is not None:
+            found["prefill_memory_bytes_per_device"] = self.prefill_memory.as_dict()
+        return found
 
 
 class Evaluator:
@@ -81,7 +86,7 @@ class Evaluator:
         self.prices = dict(prices or {})
         self.site = site or Site()
         self.table_tokens, self.table_seqs = table_tokens, table_seqs
-        self._tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
+        self.all_tables: dict[tuple[Any, ...], StepTables] = {} if tables is None else tables
         self._bounds: dict[tuple[Any, ...], WorkBounds] = {}
         self._last_memory: tuple[PlanPoint, MemoryPlan] | None = None
         self._runs = Runs(workload)
@@ -203,7 +208,7 @@ class Evaluator:
     def tables(self, point: PlanPoint) -> StepTables:
         """Step tables of the plan's shape, compiled once."""
         key = self.shape_key(point)
-        found = self._tables.get(key)
+        found = self.all_tables.get(key)
         if found is not None:
             return found
         pool = self.cluster.pool(point.pool)
@@ -240,7 +245,7 @@ class Evaluator:
             host=host,
             devices_per_worker=point.worker_devices,
         )
-        self._tables[key] = compiled
+        self.all_tables[key] = compiled
         return compiled
 
     # --- judging ----------------------------------------------------------------------------
@@ -278,22 +283,24 @@ class Evaluator:
         tables = self.tables(point)
         if time_factor != 1.0:
             tables = tables.scaled(time_factor)
+        result = simulate(
+            self.workload, tables, self.scheduler(point, memory), **self.machines(point), slo=self.slo
+        )
+        return result, memory
+
+    def machines(self, point: PlanPoint) -> dict[str, Any]:
+        """What the simulator must know of a plan's devices beside their step tables."""
         device = self.cluster.pool(point.pool).device
         peak_format = point.activations
         if peak_format not in device.peak_flops_per_s:
             peak_format = half_format(device)
-        result = simulate(
-            self.workload,
-            tables,
-            self.scheduler(point, memory),
-            devices=point.devices,
-            idle_w_per_device=device.idle_w,
-            peak_flops_per_s=device.peak_flops_per_s[peak_format],
-            memory_bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s,
-            usd_per_hour=self.price(point),
-            slo=self.slo,
-        )
-        return result, memory
+        return {
+            "devices": point.devices,
+            "idle_w_per_device": device.idle_w,
+            "peak_flops_per_s": device.peak_flops_per_s[peak_format],
+            "memory_bandwidth_bytes_per_s": device.memory_bandwidth_bytes_per_s,
+            "usd_per_hour": self.price(point),
+        }
 
     def evaluate(self, point: PlanPoint, *, interval: bool = True) -> Evaluation:
         """Metrics, memory and 90 % interval of a plan that `reject` lets pass."""
@@ -308,13 +315,13 @@ class Evaluator:
             self._runs.add(shape, config, result)
         else:
             metrics, peak_blocks = dict(known[0]), known[1]
-        metrics = self._at_the_meter(metrics)
+        metrics = self.at_the_meter(metrics)
         metrics["memory_bytes"] = self.used_bytes(point, memory, peak_blocks)
         breakdown = metrics.pop("breakdown_s")
         found = Evaluation(point, metrics, memory, breakdown, {})
         return self.with_interval(found) if interval else found
 
-    def _at_the_meter(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def at_the_meter(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """The metrics with energy and power of the hosts and of the site's cooling added."""
         if self.site == Site():
             return metrics
@@ -331,17 +338,23 @@ class Evaluator:
         return (used + min(memory.kv_cache_bytes, kv_used * memory.kv_bytes_per_token)) * point.devices
 
     def with_interval(self, evaluation: Evaluation) -> Evaluation:
-        """The same evaluation with its 90 % interval.
+        """The same evaluation with its 90 % interval."""
+        point = one_worker(evaluation.point)
+        ends = [
+            self.at_the_meter(self.run(point, time_factor=factor)[0].metrics())
+            for factor in self.tables(point).interval_factor
+        ]
+        return replace(evaluation, interval=self.interval(evaluation.metrics, ends))
+
+    def interval(
+        self, metrics: Mapping[str, Any], ends: Sequence[Mapping[str, Any]]
+    ) -> dict[str, dict[str, tuple[float, float]]]:
+        """The 90 % interval of a plan's metrics from those on a faster and on a slower machine.
 
         Kernels' errors go through the simulation (the plan on a faster and on a slower machine, all operators
         off together: a device's kernels err alike). What whole runs were still off by, engine by engine, is
         independent of them: both spreads add as squares of logarithms.
         """
-        point, metrics = evaluation.point, evaluation.metrics
-        ends = [
-            self._at_the_meter(self.run(point, time_factor=factor)[0].metrics())
-            for factor in self.tables(point).interval_factor
-        ]
         tpot, ttft = self.engine.run_error["tpot"], self.engine.run_error["ttft"]
         rows: dict[str, dict[str, tuple[float, float]]] = {}
         for metric, error in (("ttft_s", ttft), ("tpot_s", tpot), ("itl_s", tpot), ("e2e_s", tpot)):
@@ -358,7 +371,15 @@ class Evaluator:
             # A server that keeps up puts out what is asked of it, however fast it is.
             rates = [end["output_tokens_per_s"] for end in ends]
             rows["output_tokens_per_s"] = {"value": _ordered(metrics["output_tokens_per_s"], *rates)}
-        return replace(evaluation, interval=rows)
+        return rows
+
+    def recalled(self, point: Point, metrics: dict[str, Any], breakdown_s: dict[str, float]) -> Evaluation:
+        """What `evaluate` gave for a plan before, without interval."""
+        return Evaluation(point, metrics, self.memory(one_worker(point)), breakdown_s, {})
+
+    def provenance(self, point: Point) -> Sequence[Mapping[str, str]]:
+        """Where the costs of a plan's operators come from."""
+        return self.tables(one_worker(point)).provenance
 
     def _offered(self) -> bool:
         """Whether requests arrive on their own, not when others have ended."""
@@ -420,15 +441,19 @@ class Evaluator:
 
     def bound_vector(self, point: PlanPoint, objectives: tuple[str, ...], bounds: Mapping[str, float]) -> Any:
         """[m] optimistic objective values of a plan."""
+        return bound_vector(
+            objectives, bounds, float(self.workload.output_tokens.sum()), self.least_bytes(point)
+        )
+
+    def least_bytes(self, point: PlanPoint) -> float:
+        """Device memory in use at the peak, all devices, at the least."""
         memory = self.memory(point)
         least = memory.weights_bytes + memory.activations_bytes + memory.runtime_bytes
         # The longest request alone holds so many blocks at its end.
         block = self.engine.block_tokens
         held = (self.longest_sequence_tokens - 2) // block * block / max(1, point.attention_data)
         least += min(memory.kv_cache_bytes, max(0.0, held) * memory.kv_bytes_per_token)
-        return bound_vector(
-            objectives, bounds, float(self.workload.output_tokens.sum()), least * point.devices
-        )
+        return least * point.devices
 
     def bound_pieces(self, point: PlanPoint, objectives: tuple[str, ...], vector: Any) -> Any:
         """[k, m] points of which one at least is no worse than the plan; `vector` is their best corner.
@@ -448,6 +473,13 @@ class Evaluator:
         # Of rows at the same latency (overload raises it) the last has the least energy.
         last = np.append(pieces[1:, latency] > pieces[:-1, latency], True)
         return pieces[last]
+
+
+def one_worker(point: Point) -> PlanPoint:
+    """A plan known to be aggregated."""
+    if not isinstance(point, PlanPoint):
+        raise TypeError("a disaggregated plan is judged by planner.evaluate_pair")
+    return point
 
 
 def table_sizes(space: PlanSpace) -> tuple[int, int]:

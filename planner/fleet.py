@@ -178,6 +178,11 @@ class _Member:
         limits.setdefault("max_num_seqs", _SEQUENCES)
         if limits.get("replicas") not in (None, (1,)):
             raise InputError(f"{path}.space.replicas", "a fleet chooses its replicas itself, leave this out")
+        if "disaggregated" in limits.get("serving", ()):
+            raise InputError(
+                f"{path}.space.serving",
+                "a fleet is made of aggregated replicas; plan a model alone for others",
+            )
         limits["replicas"] = (1,)
         try:
             question = planner.load(

@@ -70,7 +70,8 @@ def _weights(spec: ModelSpec, degrees: Degrees, weights: str) -> tuple[float, tu
 
 
 @lru_cache(maxsize=4096)
-def _kv(spec: ModelSpec, kv_cache: str, degrees: Degrees) -> KvFootprint:
+def kv_footprint(spec: ModelSpec, kv_cache: str, degrees: Degrees) -> KvFootprint:
+    """Cache of one sequence on one device of the fullest stage."""
     return kv_bytes_per_token(spec, kv_cache, tensor=degrees.tensor, pipeline=degrees.pipeline)
 
 
@@ -165,7 +166,7 @@ def plan_memory(
     else:
         usable = capacity
         pool = memory_fraction * (capacity - weight_bytes - activations - runtime - graphs)
-    footprint = _kv(spec, kv_cache, degrees)
+    footprint = kv_footprint(spec, kv_cache, degrees)
     per_token = effective_kv_bytes(footprint, mean_sequence_tokens)
     block = engine.block_tokens
     blocks = max(0, int(pool // (per_token * block))) if per_token > 0 else 0

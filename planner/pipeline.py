@@ -21,15 +21,17 @@ import numpy as np
 from costmodels import CostModel, StepTables, default_cost_model
 from hardware import Catalog, Cluster, InputError, build_cluster, load_catalog
 from planner.engines import EngineProfile, load_profile
-from planner.evaluate import Evaluator, table_sizes
+from planner.evaluate import Evaluation, Evaluator, table_sizes
+from planner.evaluate_pair import PairEvaluator
 from planner.explain import recommend, robustness, trade_offs, what_would_help
 from planner.models import ModelSpec, load_model
 from planner.objectives import slo_misses
+from planner.pairs import PairPoint, PairSpace, Point, check, pair_sizes, resolve
 from planner.pareto import hypervolume, normalise
-from planner.plans import PlanSpace, check_plan, resolve_plan
+from planner.plans import PlanSpace
 from planner.request import Plan, PlanningRequest, parse_plan, parse_request
 from planner.result import PlanEntry, PlanningResult, Provenance, Recommended, RejectedEntry, SearchEntry
-from planner.search import Outcome, choose_searcher
+from planner.search import Outcome, PairSearch, choose_searcher, counted_with, together
 from planner.search.base import ProgressCallback, Support
 from planner.workload import Workload, load_workload
 
@@ -37,6 +39,8 @@ from planner.workload import Workload, load_workload
 MAX_TABLES = 256
 #: Rejections listed in a result; further ones are counted in `search.rejected`.
 MAX_REJECTED = 200
+#: Share of the budget that aggregated plans may take where disaggregated ones are asked for as well.
+_ONE_SHARE = 0.5
 #: Share of the budget for what would have to change where no plan will do.
 _CHANGES_SHARE = 0.25
 
@@ -161,36 +165,21 @@ class Planner:
         """
         question = self.load(data)
         request = question.request
-        space = PlanSpace(question.spec, question.cluster, question.engine, request.space)
-        if not space.groups:
-            raise _empty_space(space)
-        tokens, seqs = table_sizes(space)
-        evaluator = question.evaluator(table_tokens=tokens, table_seqs=seqs, tables=self._tables)
-        searcher, why = choose_searcher(
-            request.search.method,
-            space=space,
-            requests=len(question.workload),
-            budget_s=request.search.budget_s,
-            workers=workers,
-        )
-        outcome = searcher.search(
-            evaluator,
-            space,
-            request.objectives,
-            budget_s=request.search.budget_s,
-            seed=request.search.seed,
-            clock=clock,
-            progress=progress,
-            cancelled=cancelled,
-            workers=workers,
+        spaces = Spaces.of(question, request.space.serving or ("aggregated",))
+        judges = Judges.of(question, spaces, self._tables)
+        outcome = _searched(
+            question,
+            spaces,
+            judges,
+            progress,
             # Searches for what would help put their parts into the same checkpoint.
-            support=support.marked("change", None) if support is not None and changes else support,
+            support.marked("change", None) if support is not None and changes else support,
+            {"seed": request.search.seed, "clock": clock, "cancelled": cancelled, "workers": workers},
         )
-        outcome.reason = "; ".join(text for text in (outcome.reason, why) if text)
-        result = _result(question, evaluator, outcome)
+        result = _result(question, judges, outcome)
         stopped = cancelled is not None and cancelled()
         if changes and result.status == "infeasible" and not stopped:
-            found = self._changes(question, outcome, space, clock, cancelled, support)
+            found = self._changes(question, outcome, spaces.weights, clock, cancelled, support)
             result = result.model_copy(update={"changes": found})
         return result
 
@@ -198,7 +187,7 @@ class Planner:
         self,
         question: Question,
         outcome: Outcome,
-        space: PlanSpace,
+        weights: list[str],
         clock: Callable[[], float],
         cancelled: Callable[[], bool] | None,
         support: Support | None,
@@ -234,7 +223,6 @@ class Planner:
         def enough() -> bool:
             return clock() - start > most_s or (cancelled is not None and cancelled())
 
-        weights = sorted({formats[0] for _, formats in space.groups})
         return what_would_help(request.to_dict(), outcome.judged, weights, ask, enough)
 
     def evaluate(self, data: Any, plan: Any = None) -> dict[str, Any]:
@@ -250,10 +238,11 @@ class Planner:
             data = {key: value for key, value in data.items() if key not in ("plan", "id")}
         asked: Plan = parse_plan(plan)
         question = self.load(data)
-        evaluator = question.evaluator(tables=self._tables)
-        point = resolve_plan(asked, question.spec, question.cluster, question.engine)
-        problem = check_plan(point, question.spec, question.cluster)
-        reason = evaluator.reject(point)
+        point = resolve(asked, question.spec, question.cluster, question.engine)
+        problem = check(point, question.spec, question.cluster, question.engine)
+        judges = Judges(question.evaluator(tables=self._tables), isinstance(point, PairPoint))
+        judge = judges.of_point(point)
+        reason = judge.reject(point)
         if reason:
             return {
                 "status": "infeasible",
@@ -267,12 +256,14 @@ class Planner:
                 ],
                 "provenance": _provenance(question, []).model_dump(mode="json"),
             }
-        evaluation = evaluator.evaluate(point)
-        misses = slo_misses(evaluator.slo, evaluation.metrics)
+        evaluation: Evaluation = judge.evaluate(point)
+        misses = slo_misses(question.request.slo.bounds(), evaluation.metrics)
         return {
             "status": "ok",
             "plans": [evaluation.entry(not misses, [miss.as_dict() for miss in misses])],
-            "provenance": _provenance(question, evaluator.tables(point).provenance).model_dump(mode="json"),
+            "provenance": _provenance(question, judges.of_point(point).provenance(point)).model_dump(
+                mode="json"
+            ),
         }
 
 
@@ -287,6 +278,57 @@ def evaluate(data: Any, plan: Any = None) -> dict[str, Any]:
 
 
 # --- putting the answer together ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spaces:
+    """The plans of a request by serving mode; None for a mode that it leaves out."""
+
+    one: PlanSpace | None
+    pairs: PairSpace | None
+
+    @classmethod
+    def of(cls, question: Question, modes: Sequence[str]) -> Spaces:
+        """Raises InputError where no plan of any mode can be built."""
+        made = (question.spec, question.cluster, question.engine, question.request.space)
+        one = PlanSpace(*made) if "aggregated" in modes else None
+        pairs = PairSpace(*made) if "disaggregated" in modes else None
+        if not (one is not None and one.groups) and not (pairs is not None and pairs.groups):
+            if one is not None:
+                raise _empty_space(one)
+            raise InputError("space", "the limits leave no pair of workers that the cluster has devices for")
+        return cls(
+            one if one is not None and one.groups else None,
+            pairs if pairs is not None and pairs.groups else None,
+        )
+
+    @property
+    def weights(self) -> list[str]:
+        """Formats of weights among the plans."""
+        spaces = [space for space in (self.one, self.pairs) if space is not None]
+        return sorted({formats[0] for space in spaces for _, formats in space.groups})
+
+
+class Judges:
+    """Who judges which plans of a request."""
+
+    def __init__(self, one: Evaluator, with_pairs: bool) -> None:
+        self.one = one
+        self.pairs = PairEvaluator(one) if with_pairs else None
+
+    @classmethod
+    def of(cls, question: Question, spaces: Spaces, tables: dict[tuple[Any, ...], StepTables]) -> Judges:
+        """Those whose step tables reach all of the spaces' limits."""
+        sizes = [(1, 1)]
+        sizes += [table_sizes(spaces.one)] if spaces.one is not None else []
+        sizes += [pair_sizes(spaces.pairs)] if spaces.pairs is not None else []
+        tokens, seqs = (max(pair) for pair in zip(*sizes, strict=True))
+        evaluator = question.evaluator(table_tokens=tokens, table_seqs=seqs, tables=tables)
+        return cls(evaluator, spaces.pairs is not None)
+
+    def of_point(self, point: Point) -> Any:
+        """The `Evaluator` or `PairEvaluator` of a plan."""
+        return self.pairs if isinstance(point, PairPoint) else self.one
 
 
 def _empty_space(space: PlanSpace) -> InputError:
@@ -322,7 +364,50 @@ def version() -> str:
         return "0+unknown"
 
 
-def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> PlanningResult:
+def _searched(
+    question: Question,
+    spaces: Spaces,
+    judges: Judges,
+    progress: ProgressCallback | None,
+    support: Support | None,
+    common: dict[str, Any],
+) -> Outcome:
+    """Both spaces searched, the aggregated plans first: the others have to beat them."""
+    request, budget_s = question.request, question.request.search.budget_s
+    first: Outcome | None = None
+    if spaces.one is not None:
+        share_s = budget_s if spaces.pairs is None else _ONE_SHARE * budget_s
+        searcher, why = choose_searcher(
+            request.search.method,
+            space=spaces.one,
+            requests=len(question.workload),
+            budget_s=share_s,
+            workers=common["workers"],
+        )
+        own = support if spaces.pairs is None or support is None else support.marked("serving", None)
+        first = searcher.search(
+            judges.one, spaces.one, request.objectives, budget_s=share_s, progress=progress, support=own,
+            **common,
+        )  # fmt: skip
+        if spaces.pairs is None:
+            first.reason = "; ".join(text for text in (first.reason, why) if text)
+            return first
+    if spaces.pairs is None or judges.pairs is None:
+        raise ValueError("a request has plans of one mode at least")
+    second = PairSearch().search(
+        judges.pairs,
+        spaces.pairs,
+        request.objectives,
+        budget_s=budget_s - (first.wall_s if first is not None else 0.0),
+        progress=progress if first is None else counted_with(progress, first),
+        support=None if support is None else support.marked("serving", "disaggregated"),
+        beside=first.judged if first is not None else (),
+        **common,
+    )
+    return second if first is None else together(first, second, request.objectives)
+
+
+def _result(question: Question, judges: Judges, outcome: Outcome) -> PlanningResult:
     request = question.request
     front = outcome.front
     meets = bool(front) and front[0].meets_slo
@@ -332,9 +417,9 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
     )
     entries: list[PlanEntry] = []
     rows: list[Mapping[str, str]] = []
-    shown = [evaluator.with_interval(item.evaluation) for item in front]
+    shown = [judges.of_point(item.point).with_interval(item.evaluation) for item in front]
     sure = (
-        robustness(front, shown, request.objectives, evaluator.slo, evaluator.engine.plan_error)
+        robustness(front, shown, request.objectives, request.slo.bounds(), question.engine.plan_error)
         if meets
         else None
     )
@@ -346,7 +431,7 @@ def _result(question: Question, evaluator: Evaluator, outcome: Outcome) -> Plann
             entry["regret"] = sure.regret[place]
         entries.append(PlanEntry.model_construct(**entry))
         if on_front:
-            rows += evaluator.tables(item.point).provenance
+            rows += judges.of_point(item.point).provenance(item.point)
     volume = 0.0
     if meets:
         values = np.array([item.objectives for item in outcome.judged if item.meets_slo])

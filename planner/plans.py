@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from costmodels import clock_problem, supports
 from hardware import Cluster, Device, InputError, Pool
 from planner.engines import EngineProfile
 from planner.models import Degrees, ModelSpec, check_degrees
-from planner.request import Plan, SpaceLimits
+from planner.request import Plan, SpaceLimits, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,33 +62,37 @@ class PlanPoint:
         return {
             "serving": "aggregated",
             "replicas": self.replicas,
-            "worker": {
-                "pool": self.pool,
-                "parallelism": {
-                    "tensor": self.tensor,
-                    "pipeline": self.pipeline,
-                    "expert": self.expert,
-                    "attention_data": self.attention_data,
-                    "context": 1,
-                },
-                "quantization": {
-                    "weights": self.weights,
-                    "activations": self.activations,
-                    "kv_cache": self.kv_cache,
-                },
-                "batching": {
-                    "policy": "continuous",
-                    "max_num_seqs": self.max_num_seqs,
-                    "max_num_batched_tokens": self.max_num_batched_tokens,
-                    "chunked_prefill": self.chunked_prefill,
-                    "cuda_graphs": self.cuda_graphs,
-                },
-                "memory_fraction": self.memory_fraction,
-                "prefix_caching": self.prefix_caching,
-                "gpu_clock_hz": self.gpu_clock_hz,
-                "speculative": None,
-                "kv_offload": None,
+            "worker": self.worker_dict(),
+        }
+
+    def worker_dict(self) -> dict[str, Any]:
+        """One worker in the contract's form."""
+        return {
+            "pool": self.pool,
+            "parallelism": {
+                "tensor": self.tensor,
+                "pipeline": self.pipeline,
+                "expert": self.expert,
+                "attention_data": self.attention_data,
+                "context": 1,
             },
+            "quantization": {
+                "weights": self.weights,
+                "activations": self.activations,
+                "kv_cache": self.kv_cache,
+            },
+            "batching": {
+                "policy": "continuous",
+                "max_num_seqs": self.max_num_seqs,
+                "max_num_batched_tokens": self.max_num_batched_tokens,
+                "chunked_prefill": self.chunked_prefill,
+                "cuda_graphs": self.cuda_graphs,
+            },
+            "memory_fraction": self.memory_fraction,
+            "prefix_caching": self.prefix_caching,
+            "gpu_clock_hz": self.gpu_clock_hz,
+            "speculative": None,
+            "kv_offload": None,
         }
 
     @property
@@ -97,8 +101,7 @@ class PlanPoint:
         plan = self.to_dict()
         if self.gpu_clock_hz is None:
             del plan["worker"]["gpu_clock_hz"]  # ids are older than the field
-        text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return id_of(plan)
 
     def label(self) -> str:
         """Short name: `2x TP4 fp8 kv-fp8 b256/8192 @1410MHz` (sequences / tokens of a step)."""
@@ -116,6 +119,47 @@ class PlanPoint:
         if self.replicas > 1:
             name = f"{self.replicas}x {name}"
         return name
+
+    def traits(self) -> Traits:
+        """What the plan is made of."""
+        worker = (
+            self.pool, self.tensor, self.pipeline, self.expert, self.attention_data, self.weights,
+            self.kv_cache, self.activations, self.gpu_clock_hz,
+        )  # fmt: skip
+        return Traits(
+            worker,
+            (worker, self.replicas, self.max_num_seqs),
+            (
+                self.tensor, self.pipeline, self.expert, self.attention_data, self.replicas,
+                self.max_num_seqs, self.max_num_batched_tokens,
+            ),
+            (
+                float(self.cuda_graphs), float(self.chunked_prefill), float(self.prefix_caching),
+                (self.gpu_clock_hz or _FULL_CLOCK_HZ) / _FULL_CLOCK_HZ,
+            ),
+            (self.pool, self.weights, self.kv_cache, self.activations),
+        )  # fmt: skip
+
+
+class Traits(NamedTuple):
+    """What a plan is made of, for learning from plans that were simulated: which worker, and which group of
+    its plans; sizes (counts), flags (0 to 1) and names."""
+
+    worker: Any
+    group: Any
+    sizes: tuple[int, ...]
+    flags: tuple[float, ...]
+    names: tuple[str, ...]
+
+
+def id_of(plan: Mapping[str, Any]) -> str:
+    """Twelve hex digits of a plan's content."""
+    text = json.dumps(plan, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+#: Stands for an unlocked core clock among locked ones.
+_FULL_CLOCK_HZ = 2e9
 
 
 # Lossy formats that are tried unasked: those that published evaluations find near-lossless
@@ -235,17 +279,18 @@ class PlanSpace:
         self.excluded: list[Excluded] = []
         self._size = 0
         self._batching: dict[tuple[str, Degrees], list[tuple[int, int, bool, bool, float, bool]]] = {}
-        for pool in self._pools():
+        for pool in self.pools():
             self._add_pool(pool)
 
-    def _pools(self) -> list[Pool]:
+    def pools(self) -> list[Pool]:
+        """The pools that plans may take."""
         wanted = self.limits.pools
         return [pool for pool in self.cluster.pools if wanted is None or pool.name in wanted]
 
     def _add_pool(self, pool: Pool) -> None:
         total = pool.nodes * pool.devices_per_node
-        formats = self._formats(pool.device)
-        for degrees in self._degrees(pool, total):
+        formats = self.formats(pool.device)
+        for degrees in self.degrees(pool, total):
             batching = self.batching(pool, degrees)
             problem = check_degrees(self.spec, degrees)
             for replicas in self._replicas(total // max(1, _worker(degrees)), fine=_is_large(pool)):
@@ -258,7 +303,8 @@ class PlanSpace:
                     else:
                         self.groups.append((layout, names))
 
-    def _degrees(self, pool: Pool, total: int) -> Iterator[Degrees]:
+    def degrees(self, pool: Pool, total: int) -> Iterator[Degrees]:
+        """How a worker of at most `total` devices of a pool may be cut."""
         limits, moe = self.limits, any(g.ffn is not None and g.ffn.experts for g in self.spec.layers)
         domain = pool.devices_per_node
         tensors = limits.tensor or sorted({*_powers(domain), *((domain,) if domain <= 16 else ())})
@@ -283,7 +329,8 @@ class PlanSpace:
         between = [part * power for power in _powers(most) for part in (5, 6, 7)] if fine else []
         return sorted({*_powers(most), *(count for count in (3, *between) if fine and count <= most), most})
 
-    def _formats(self, device: Device) -> list[tuple[str, str, str]]:
+    def formats(self, device: Device) -> list[tuple[str, str, str]]:
+        """(weights, activations, KV cache) that plans on a device may take, the checkpoint's own first."""
         limits, own = self.limits, default_formats(self.spec, device)
         weights: Sequence[str] = limits.weights or tuple(
             dict.fromkeys(
@@ -370,8 +417,6 @@ def _worker(degrees: Degrees) -> int:
 
 def check_limits(limits: SpaceLimits, pools: Sequence[str]) -> None:
     """Raises InputError for limits that ask for what this version does not plan, or for unknown pools."""
-    if limits.serving and "aggregated" not in limits.serving:
-        raise InputError("space.serving", "this version plans aggregated serving only")
     if limits.context and set(limits.context) != {1}:
         raise InputError(
             "space.context", "context parallelism is not modelled in this version, leave it at 1"
@@ -386,27 +431,36 @@ def check_limits(limits: SpaceLimits, pools: Sequence[str]) -> None:
 def resolve_plan(
     plan: Plan, spec: ModelSpec, cluster: Cluster, engine: EngineProfile, path: str = "plan"
 ) -> PlanPoint:
-    """A plan with every field that was left out set to the engine's or checkpoint's default.
+    """An aggregated plan, every value stated (see `resolve_worker`, and `planner.pairs` for other plans)."""
+    if plan.worker is None:
+        raise InputError(f"{path}.serving", "an aggregated plan is needed here")
+    return resolve_worker(plan.worker, plan.replicas, spec, cluster, engine, f"{path}.worker")
 
-    Raises InputError when the plan names a pool that does not exist or asks for something this
+
+def resolve_worker(
+    worker: Worker,
+    replicas: int,
+    spec: ModelSpec,
+    cluster: Cluster,
+    engine: EngineProfile,
+    path: str = "plan.worker",
+) -> PlanPoint:
+    """Replicas of a worker with every field that was left out set to the engine's or checkpoint's default.
+
+    Raises InputError when the worker names a pool that does not exist or asks for something this
     version does not model; whether the pool can hold it is `check_plan`'s question.
     """
-    if plan.serving != "aggregated" or plan.worker is None:
-        raise InputError(f"{path}.serving", "this version plans aggregated serving only")
-    worker = plan.worker
     if worker.speculative is not None:
-        raise InputError(f"{path}.worker.speculative", "speculative decoding is not modelled in this version")
+        raise InputError(f"{path}.speculative", "speculative decoding is not modelled in this version")
     if worker.kv_offload is not None:
-        raise InputError(f"{path}.worker.kv_offload", "KV offload is not modelled in this version")
+        raise InputError(f"{path}.kv_offload", "KV offload is not modelled in this version")
     degrees = worker.parallelism
     if degrees.context != 1:
-        raise InputError(
-            f"{path}.worker.parallelism.context", "context parallelism is not modelled in this version"
-        )
+        raise InputError(f"{path}.parallelism.context", "context parallelism is not modelled in this version")
     names = [pool.name for pool in cluster.pools]
     name = worker.pool or names[0]
     if name not in names:
-        raise InputError(f"{path}.worker.pool", f"no pool is named {name!r}, pools are {', '.join(names)}")
+        raise InputError(f"{path}.pool", f"no pool is named {name!r}, pools are {', '.join(names)}")
     pool = cluster.pool(name)
     device, tier = pool.device, engine.tier(pool.device)
     own_weights, own_activations, own_kv = default_formats(spec, device)
@@ -418,7 +472,7 @@ def resolve_plan(
     budget = batching.max_num_batched_tokens or tier.max_num_batched_tokens
     return PlanPoint(
         pool=name,
-        replicas=plan.replicas,
+        replicas=replicas,
         tensor=degrees.tensor,
         pipeline=degrees.pipeline,
         expert=degrees.expert,

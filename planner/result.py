@@ -34,7 +34,9 @@ class PlanEntry(_Model):
     meets_slo: bool
     slo_misses: list[dict[str, Any]] = Field(default_factory=list)
     metrics: dict[str, Any]
+    #: Of the fullest device; of a disaggregated plan, of its decode workers.
     memory_bytes_per_device: dict[str, float]
+    prefill_memory_bytes_per_device: dict[str, float] | None = None
     interval: dict[str, dict[str, Interval]] = Field(default_factory=dict)
     breakdown_s: dict[str, float]
     #: Of a plan on the front: how far it may turn out behind another within the 90 % intervals, as a share

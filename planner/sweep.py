@@ -22,6 +22,7 @@ from hardware import InputError
 from planner.evaluate import table_sizes
 from planner.explain import recommend
 from planner.objectives import objective_vector, slo_misses
+from planner.pairs import parts_of
 from planner.pipeline import Planner, version
 from planner.plans import PlanSpace
 from planner.request import PlanningRequest, parse_request
@@ -57,7 +58,8 @@ def sweep(
     planner = planner or Planner()
     request = parse_request(data)
     start = clock()
-    if re.match(JUDGED, vary):
+    modes = request.space.serving or ("aggregated",)
+    if re.match(JUDGED, vary) and "disaggregated" not in modes:
         points = _judged_anew(planner, request, requests, values, clock, cancelled, workers, support)
     else:
         points = []
@@ -171,8 +173,11 @@ def _judged_anew(
 
 
 def _price(question: Any, item: Judged, prices: Mapping[str, float]) -> float:
-    device = question.cluster.pool(item.point.pool).device
-    return float(prices.get(device.name, device.usd_per_hour) * item.point.devices)
+    total = 0.0
+    for part in parts_of(item.point):
+        device = question.cluster.pool(part.pool).device
+        total += prices.get(device.name, device.usd_per_hour) * part.devices
+    return float(total)
 
 
 def _judge(
@@ -225,6 +230,12 @@ def _planned_anew(
 
 
 def _label(plan: Mapping[str, Any]) -> str:
+    if plan["serving"] == "disaggregated":
+        return " + ".join(f"{_workers(plan[role])} {role}" for role in ("prefill", "decode"))
+    return _workers(plan)
+
+
+def _workers(plan: Mapping[str, Any]) -> str:
     worker = plan["worker"]
     degrees, formats, batching = worker["parallelism"], worker["quantization"], worker["batching"]
     parts = [f"TP{degrees['tensor']}"]

@@ -76,6 +76,10 @@ class EngineProfile:
     plan_error: Mapping[str, tuple[float, float]]
     memory: MemoryConstants
     source: str
+    # Disaggregated serving: what a decode worker is handed (see `SchedulerConfig.brought`), and whether its
+    # front end sees the request "after" the prompt or "at_once" with the prefill worker's.
+    brought: str
+    handed_over: str
 
     def tier(self, device: Device) -> Tier:
         """The defaults that hold on `device`."""
@@ -222,6 +226,8 @@ def load_profile(engine: str, version: str | None = None, path: str = "engine") 
         plan_error=MappingProxyType({name: tuple(host[f"{name}_within"]) for name in ("tpot", "ttft")}),
         memory=MemoryConstants(**_document()["memory"]),
         source=item["source"],
+        brought=item["brought"],
+        handed_over=item["handed_over"],
     )
 
 

@@ -10,6 +10,7 @@ from planner.search.base import Cancelled, Judged, Outcome, Progress, Rejected, 
 from planner.search.cpsat import CpSatSearch
 from planner.search.exhaustive import ExhaustiveSearch
 from planner.search.mcts import MctsSearch
+from planner.search.pairs import PairSearch, counted_with, together
 from planner.search.run import front_of
 
 SEARCHERS: dict[str, Callable[[], Searcher]] = {
@@ -70,10 +71,13 @@ __all__ = [
     "Judged",
     "MctsSearch",
     "Outcome",
+    "PairSearch",
     "Progress",
     "Rejected",
     "Searcher",
     "Support",
     "choose_searcher",
+    "counted_with",
     "front_of",
+    "together",
 ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from planner.evaluate import Evaluation, Evaluator
 from planner.objectives import SloMiss
-from planner.plans import PlanPoint, PlanSpace
+from planner.pairs import Point
+from planner.plans import PlanSpace
 from planner.search.gap import Gap
+from planner.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Judged:
     misses: tuple[SloMiss, ...]
 
     @property
-    def point(self) -> PlanPoint:
+    def point(self) -> Point:
         """The plan."""
         return self.evaluation.point
 
@@ -36,11 +38,59 @@ class Judged:
         return self.misses[0].distance if self.misses else 0.0
 
 
+class Judging(Protocol):
+    """Judges plans of one kind (see `Evaluator`, `PairEvaluator`)."""
+
+    workload: Workload
+    slo: dict[str, Mapping[str, float]]
+
+    def reject(self, point: Any) -> str | None:
+        """Why the plan cannot serve this workload at all, or None."""
+        ...
+
+    def wanted(self, objectives: tuple[str, ...]) -> frozenset[str]:
+        """The statistics that these objectives and the SLO read."""
+        ...
+
+    def bounds(self, point: Any, wanted: frozenset[str] | None = None) -> dict[str, float]:
+        """Admissible bounds on the plan's metrics."""
+        ...
+
+    def bound_vector(self, point: Any, objectives: tuple[str, ...], bounds: Mapping[str, float]) -> Any:
+        """[m] optimistic objective values of a plan."""
+        ...
+
+    def bound_pieces(self, point: Any, objectives: tuple[str, ...], vector: Any) -> Any:
+        """[k, m] points of which one at least is no worse than the plan."""
+        ...
+
+    def evaluate(self, point: Any, *, interval: bool = True) -> Evaluation:
+        """Metrics and memory of a plan that `reject` lets pass."""
+        ...
+
+    def recalled(self, point: Point, metrics: dict[str, Any], breakdown_s: dict[str, float]) -> Evaluation:
+        """What `evaluate` gave for a plan before, without interval."""
+        ...
+
+
+class Space(Protocol):
+    """Plans of one kind in groups (see `PlanSpace`, `PairSpace`)."""
+
+    groups: Any
+    excluded: Any
+
+    def points(self, layout: Any, formats: tuple[str, str, str]) -> Iterator[Any]:
+        """The plans of a group."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """Plans that were not simulated because they cannot serve the workload."""
 
-    point: PlanPoint
+    point: Point
     reason: str
     plans: int
 
@@ -60,6 +110,14 @@ class Progress:
     best: tuple[Judged, ...] = ()
 
 
+class Left(NamedTuple):
+    """What a search left open: optimistic points [k, m] of so many plans, and plans without any bound."""
+
+    points: Any
+    open_plans: int
+    unbounded: int
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a search found. `certified`: no plan of the space can add to the front."""
@@ -76,6 +134,7 @@ class Outcome:
     reason: str = ""
     #: What plans that were not looked at could still add; closed when certified.
     gap: Gap | None = None
+    left: Left | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
 
 

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.evaluate import Evaluator
+from planner.evaluate import Evaluator, one_worker
 from planner.plans import PlanPoint, PlanSpace
 from planner.search.base import Clock, Judged, Outcome, ProgressCallback, Support
 from planner.search.rank import Bound, Ranks
@@ -72,7 +72,7 @@ class _Leaf:
     @property
     def point(self) -> PlanPoint:
         """The plan."""
-        return self.item.point
+        return one_worker(self.item.point)
 
     @property
     def bound(self) -> FloatArray:
@@ -390,7 +390,7 @@ class _Tree:
         run.rejected += rejected
         run.rejected_plans += sum(item.plans for item in rejected)
         for item in passed:
-            point, bound = item.point, item.vector
+            point, bound = one_worker(item.point), item.vector
             self.low, self.high = np.minimum(self.low, bound), np.maximum(self.high, bound)
             group.bounds.append(bound)
             if item.distance > EQUAL:

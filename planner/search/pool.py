@@ -20,8 +20,9 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from hardware import InputError
-from planner.evaluate import Evaluation, Evaluator
-from planner.plans import PlanPoint
+from planner.evaluate import Evaluation, Evaluator, one_worker
+from planner.pairs import Point
+from planner.search.base import Judging
 
 BACKENDS = ("auto", "threads", "processes", "dask", "ray")
 #: Simulation work, s, from which processes are worth their start (each imports and compiles for itself).
@@ -38,7 +39,7 @@ class Pool(Protocol):
     #: Plans that are best handed over at once.
     batch: int
 
-    def evaluate(self, points: Sequence[PlanPoint]) -> Sequence[Evaluation | None]:
+    def evaluate(self, points: Sequence[Point]) -> Sequence[Evaluation | None]:
         """The evaluations of plans that pass the gates, without intervals; None: it kills workers."""
         ...
 
@@ -50,16 +51,16 @@ class Pool(Protocol):
 class Here:
     """In this process, with threads where there are several workers: the simulator releases the lock."""
 
-    def __init__(self, evaluator: Evaluator, workers: int = 1) -> None:
+    def __init__(self, evaluator: Judging, workers: int = 1) -> None:
         self.evaluator, self.batch = evaluator, 1 if workers <= 1 else 2 * workers
         self._threads = ThreadPoolExecutor(workers) if workers > 1 else None
 
-    def evaluate(self, points: Sequence[PlanPoint]) -> list[Evaluation]:
+    def evaluate(self, points: Sequence[Point]) -> list[Evaluation]:
         """See `Pool.evaluate`."""
         run = self._one
         return [run(p) for p in points] if self._threads is None else list(self._threads.map(run, points))
 
-    def _one(self, point: PlanPoint) -> Evaluation:
+    def _one(self, point: Point) -> Evaluation:
         return self.evaluator.evaluate(point, interval=False)
 
     def __enter__(self) -> Here:
@@ -105,7 +106,7 @@ class Workers:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def evaluate(self, points: Sequence[PlanPoint]) -> list[Evaluation | None]:
+    def evaluate(self, points: Sequence[Point]) -> list[Evaluation | None]:
         """See `Pool.evaluate`."""
         found: dict[int, Evaluation | None] = {}
         for size in _SIZES:
@@ -115,12 +116,12 @@ class Workers:
             self._one_by_one(points, found)
         for index, point in enumerate(points):
             if index not in found:
-                found[index] = self.evaluator.evaluate(point, interval=False)
+                found[index] = self.evaluator.evaluate(one_worker(point), interval=False)
         return [found[index] for index in range(len(points))]
 
     def _round(
         self,
-        points: Sequence[PlanPoint],
+        points: Sequence[Point],
         found: dict[int, Evaluation | None],
         size: int,
         only: Sequence[int] | None = None,
@@ -148,7 +149,7 @@ class Workers:
             found[index] = answer
         return whole
 
-    def _one_by_one(self, points: Sequence[PlanPoint], found: dict[int, Evaluation | None]) -> None:
+    def _one_by_one(self, points: Sequence[Point], found: dict[int, Evaluation | None]) -> None:
         for index in range(len(points)):
             if index in found or self._round(points, found, 1, [index]):
                 continue
@@ -237,7 +238,7 @@ class Failure:
 
 
 #: Plans of a task with their places in the batch; and what comes back.
-Task = Sequence[tuple[int, PlanPoint]]
+Task = Sequence[tuple[int, Point]]
 Answers = list[tuple[int, "Evaluation | Failure"]]
 
 
@@ -250,7 +251,7 @@ def judge(token: str, payload: bytes, task: Task) -> Answers:
     answers: Answers = []
     for index, point in task:
         try:
-            answers.append((index, evaluator.evaluate(point, interval=False)))
+            answers.append((index, evaluator.evaluate(one_worker(point), interval=False)))
         except Exception as error:
             answers.append((index, Failure(error)))
     return answers

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from planner.evaluate import Evaluator
+from planner.evaluate import Evaluator, one_worker
 from planner.objectives import objective_vector
+from planner.pairs import Point
 from planner.pareto import non_dominated
-from planner.plans import PlanPoint
 from planner.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
@@ -76,14 +76,15 @@ class Race:
             table_tokens=evaluator.table_tokens,
             table_seqs=evaluator.table_seqs,
         )
-        self.heats: dict[PlanPoint, Heat] = {}
+        self.heats: dict[Point, Heat] = {}
 
-    def run(self, point: PlanPoint) -> Heat:
+    def run(self, point: Point) -> Heat:
         """One short run; a plan runs once."""
         if point not in self.heats:
-            result, memory = self.short.run(point)
+            plan = one_worker(point)
+            result, memory = self.short.run(plan)
             metrics = result.metrics()
-            metrics["memory_bytes"] = self.short.used_bytes(point, memory, result.peak_kv_blocks)
+            metrics["memory_bytes"] = self.short.used_bytes(plan, memory, result.peak_kv_blocks)
             values = objective_vector(self.objectives, metrics)
             taken = result.finish_s - result.arrival_s
             means = np.array([part.mean() for part in np.array_split(taken, min(_BATCHES, len(taken)))])
@@ -92,7 +93,7 @@ class Race:
             self.heats[point] = Heat(values, np.abs(values) * share)
         return self.heats[point]
 
-    def order(self, points: Sequence[PlanPoint]) -> tuple[list[int], int]:
+    def order(self, points: Sequence[Point]) -> tuple[list[int], int]:
         """(positions: contenders first, in the order they came, then those raced out; how many are out)."""
         heats = [self.run(point) for point in points]
         low = np.array([heat.values - heat.half for heat in heats])

@@ -10,16 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from planner.evaluate import Evaluator
-from planner.plans import PlanPoint
-from planner.search.base import Judged
+from planner.pairs import Point
+from planner.search.base import Judged, Judging
 
 FloatArray = npt.NDArray[np.float64]
 
 #: How many simulations of a worker weigh as much as what is known of all; weight of the regression's prior.
 _SHRINK, _RIDGE = 2.0, 1.0
-#: Stands for an unlocked core clock among locked ones.
-_FULL_CLOCK_HZ = 2e9
 
 
 @dataclass(slots=True, eq=False)
@@ -29,10 +26,10 @@ class Bound:
     `vector` [m] is no worse than the plan in any objective; `distance` is the least possible SLO miss.
     """
 
-    point: PlanPoint
+    point: Point
     vector: FloatArray
     distance: float
-    _evaluator: Evaluator
+    _evaluator: Judging
     _objectives: tuple[str, ...]
     _pieces: FloatArray | None = None
 
@@ -57,47 +54,33 @@ class Ranks:
 
     def __init__(self, objectives: Sequence[str], seed: int = 0) -> None:
         self.objectives = tuple(objectives)
-        self.at: dict[PlanPoint, int] = {}
+        self.at: dict[Point, int] = {}
         self.items: list[Bound] = []
         self._workers: dict[Any, int] = {}
         self._groups: dict[Any, int] = {}
         self._names: dict[Any, int] = {}
         self._levels: list[tuple[int, int]] = []
         self._rows: list[list[float]] = []
+        self._shape = (0, 0)  # of a row: sizes, and names as codes
         self._arrays: tuple[FloatArray, FloatArray, npt.NDArray[np.int64]] | None = None
         self.rng = np.random.default_rng(seed)
 
     def extend(self, items: Sequence[Bound]) -> None:
         """Take more plans in."""
         for item in items:
-            point = item.point
-            worker = (
-                point.pool, point.tensor, point.pipeline, point.expert, point.attention_data, point.weights,
-                point.kv_cache, point.activations, point.gpu_clock_hz,
-            )  # fmt: skip
-            group = (worker, point.replicas, point.max_num_seqs)
+            point, traits = item.point, item.point.traits()
             self._levels.append(
                 (
-                    self._groups.setdefault(group, len(self._groups)),
-                    self._workers.setdefault(worker, len(self._workers)),
+                    self._groups.setdefault(traits.group, len(self._groups)),
+                    self._workers.setdefault(traits.worker, len(self._workers)),
                 )
             )
-            sizes = [
-                log2(value)
-                for value in (
-                    point.tensor, point.pipeline, point.expert, point.attention_data, point.replicas,
-                    point.max_num_seqs, point.max_num_batched_tokens,
-                )
-            ]  # fmt: skip
-            names = [point.pool, point.weights, point.kv_cache, point.activations]
             codes = [
-                float(self._names.setdefault((at, name), len(self._names))) for at, name in enumerate(names)
+                float(self._names.setdefault((at, name), len(self._names)))
+                for at, name in enumerate(traits.names)
             ]
-            flags = [
-                float(point.cuda_graphs), float(point.chunked_prefill), float(point.prefix_caching),
-                (point.gpu_clock_hz or _FULL_CLOCK_HZ) / _FULL_CLOCK_HZ,
-            ]  # fmt: skip
-            self._rows.append([*sizes, *flags, *codes])
+            self._rows.append([*(log2(value) for value in traits.sizes), *traits.flags, *codes])
+            self._shape = len(traits.sizes), len(traits.names)
             self.at[point] = len(self.items)
             self.items.append(item)
         self._arrays = None
@@ -106,11 +89,15 @@ class Ranks:
         """([n, d] features of unit spread, [n, m] bounds, [2, n] levels)."""
         if self._arrays is None:
             rows = np.array(self._rows)
-            codes, plain = rows[:, -4:], rows[:, :-4]
-            sizes = plain[:, :7]
-            hot = [codes[:, at] == code for at in range(4) for code in np.unique(codes[:, at])[1:]]
+            count, names = self._shape
+            codes, plain = rows[:, -names:], rows[:, :-names]
+            sizes = plain[:, :count]
+            hot = [codes[:, at] == code for at in range(names) for code in np.unique(codes[:, at])[1:]]
             crossed = [
-                sizes[:, a] * sizes[:, b] for a in range(7) for b in range(a, 7) if np.ptp(sizes[:, a]) > 0
+                sizes[:, a] * sizes[:, b]
+                for a in range(count)
+                for b in range(a, count)
+                if np.ptp(sizes[:, a]) > 0
             ]
             features = np.column_stack([plain, *hot, *crossed])
             spread = features.std(axis=0)

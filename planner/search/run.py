@@ -5,17 +5,29 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from hardware import InputError
 from planner.evaluate import Evaluation, Evaluator
+from planner.evaluate_pair import PairEvaluator
 from planner.objectives import objective_vector, slo_distance_bound, slo_misses
+from planner.pairs import Point
 from planner.pareto import non_dominated, normalise
-from planner.plans import PlanPoint, PlanSpace
-from planner.search.base import Clock, Judged, Outcome, Progress, ProgressCallback, Rejected, Support
+from planner.search.base import (
+    Clock,
+    Judged,
+    Judging,
+    Left,
+    Outcome,
+    Progress,
+    ProgressCallback,
+    Rejected,
+    Space,
+    Support,
+)
 from planner.search.gap import Gap, measure_gap
 from planner.search.pool import Here, Pool, make_pool
 from planner.search.race import SHORT_REQUESTS, WORTH, Race
@@ -55,8 +67,8 @@ class SearchRun:
 
     def __init__(
         self,
-        evaluator: Evaluator,
-        space: PlanSpace,
+        evaluator: Judging,
+        space: Space,
         objectives: tuple[str, ...],
         clock: Clock,
         start: float,
@@ -92,14 +104,20 @@ class SearchRun:
         #: Of plans with equal values the front keeps the first by this; None: the first simulated.
         self.order: Callable[[Judged], Any] | None = None
         self.remembered = self._remembered()
+        #: What the gap was measured from.
+        self.left: Left | None = None
 
     # --- who evaluates, and what is kept --------------------------------------------------------
 
     def __enter__(self) -> SearchRun:
         requests = len(getattr(self.evaluator, "workload", ()))
         work_s = len(self.space) * (1e-3 + 2e-6 * requests) if self.support.backend == "auto" else 0.0
-        if self.workers > 1 or self.support.backend != "auto":
-            self.pool = make_pool(self.evaluator, self.workers, self.support.backend, work_s=work_s)
+        if isinstance(self.evaluator, PairEvaluator):
+            self.pool = Here(self.evaluator, self.workers)
+        elif self.workers > 1 or self.support.backend != "auto":
+            self.pool = make_pool(
+                cast(Evaluator, self.evaluator), self.workers, self.support.backend, work_s=work_s
+            )
         self.pool.__enter__()
         return self
 
@@ -179,10 +197,10 @@ class SearchRun:
         """A group's plans that can run, with their bounds; the others with their reasons."""
         return self.gate_points(self.space.points(*self.space.groups[group]))
 
-    def gate_points(self, points: Iterable[PlanPoint]) -> tuple[list[Bound], list[Rejected]]:
+    def gate_points(self, points: Iterable[Point]) -> tuple[list[Bound], list[Rejected]]:
         """The same for any plans."""
         passed: list[Bound] = []
-        reasons: dict[str, list[PlanPoint]] = {}
+        reasons: dict[str, list[Point]] = {}
         evaluator, objectives, slo = self.evaluator, self.objectives, self.evaluator.slo
         for point in points:
             reason = evaluator.reject(point)
@@ -202,7 +220,8 @@ class SearchRun:
         if not candidates.items:
             return
         places = {item.point: index for index, item in enumerate(candidates.items)}
-        self.order = lambda found: places[found.point]
+        # What other parts of the space found comes first.
+        self.order = lambda found: places.get(found.point, -1)
         scores = normalise(candidates.bounds).sum(axis=1)
         order = sorted(range(len(candidates.items)), key=lambda i: (candidates.distance[i] > 0, scores[i], i))
         if prune:
@@ -214,12 +233,12 @@ class SearchRun:
         hopeless.sort(key=lambda i: (candidates.distance[i], scores[i], i))
         self.nearest([(candidates.items[i].point, float(candidates.distance[i])) for i in hopeless])
 
-    def nearest(self, hopeless: Sequence[tuple[PlanPoint, float]]) -> None:
+    def nearest(self, hopeless: Sequence[tuple[Point, float]]) -> None:
         """What to do with plans that cannot meet the SLO (each with its least possible miss, ascending).
 
         They matter only when nothing meets it: then those that may miss by the least are run.
         """
-        if any(item.meets_slo for item in self.judged):
+        if self.incumbents:
             self.bounded += len(hopeless)
             return
         for position, (point, distance) in enumerate(hopeless):
@@ -237,9 +256,14 @@ class SearchRun:
         requests = 0 if workload is None else len(workload)
         left_s = self.budget_s - (self.clock() - self.start)
         needed_s = len(order) * (1e-3 + 2e-6 * requests) / self.workers
-        if not self.support.race or requests < WORTH * SHORT_REQUESTS or needed_s < left_s:
+        if isinstance(self.evaluator, PairEvaluator) or not self.support.race:
             return order
-        race, until = Race(self.evaluator, self.objectives), self.clock() + _RACE_SHARE * left_s
+        if requests < WORTH * SHORT_REQUESTS or needed_s < left_s:
+            return order
+        race, until = (
+            Race(cast(Evaluator, self.evaluator), self.objectives),
+            self.clock() + _RACE_SHARE * left_s,
+        )
         entered: list[int] = []
         for index in order:
             if self.clock() > until or self.stop(done=0):
@@ -311,20 +335,19 @@ class SearchRun:
                 return False
         return True
 
-    def evaluate(self, point: PlanPoint) -> Judged | None:
+    def evaluate(self, point: Point) -> Judged | None:
         """Simulate a plan; None if that kills every worker that tries."""
         return self.evaluate_all([point])[0]
 
-    def evaluate_all(self, points: Sequence[PlanPoint]) -> list[Judged | None]:
+    def evaluate_all(self, points: Sequence[Point]) -> list[Judged | None]:
         """Simulate plans; those that an earlier run of the search knows are taken from there."""
-        found: dict[PlanPoint, Evaluation | None] = {}
+        found: dict[Point, Evaluation | None] = {}
         if self.remembered:
             for point in points:
                 row = self.remembered.get(point.id)
                 if row is not None:
-                    memory = self.evaluator.memory(point)
-                    found[point] = Evaluation(
-                        point, dict(row["metrics"]), memory, dict(row["breakdown_s"]), {}
+                    found[point] = self.evaluator.recalled(
+                        point, dict(row["metrics"]), dict(row["breakdown_s"])
                     )
         open_ = [point for point in points if point not in found]
         if open_:
@@ -350,6 +373,11 @@ class SearchRun:
             self._unsaved.append(item)
             if self.clock() - self._last_save > self.support.every_s:
                 self.save()
+        self.compare(item)
+        self.tell("simulating")
+
+    def compare(self, item: Judged) -> None:
+        """Update the incumbents by a plan, be it of this search or of another part of the space."""
         if item.meets_slo:
             own = np.array(rounded(item.objectives))
             if not bool(np.any(np.all(self.front_values <= own, axis=1))):
@@ -361,7 +389,6 @@ class SearchRun:
                 for index in np.flatnonzero(np.all(self.front_values == own, axis=1)):
                     if self.order(item) < self.order(self.incumbents[index]):
                         self.incumbents[index] = item
-        self.tell("simulating")
 
     # --- ends and reports ---------------------------------------------------------------------
 
@@ -421,19 +448,24 @@ class SearchRun:
             wall_s=self.clock() - self.start,
             reason=self.reason,
             gap=self.gap(),
+            left=self.left,
             statistics={"raced_out": self.raced} if self.raced else {},
         )
 
     def gap(self) -> Gap:
         """How much better than what was found the plans may be that are neither simulated nor excluded."""
+        self.left = self._left()
+        return measure_gap(
+            self.objectives,
+            self.front_values,
+            self.left.points,
+            open_plans=self.left.open_plans,
+            unbounded=self.left.unbounded,
+        )
+
+    def _left(self) -> Left:
         if self.complete:
-            return measure_gap(
-                self.objectives,
-                self.front_values,
-                np.empty((0, len(self.objectives))),
-                open_plans=0,
-                unbounded=0,
-            )
+            return Left(np.empty((0, len(self.objectives))), 0, 0)
         done = {item.point for item in self.judged}
         meets = bool(self.incumbents)
         left = [
@@ -452,12 +484,10 @@ class SearchRun:
         else:
             points = [item.vector[None] for item in left]
         unbounded = len(self.space) - len(self.known) - sum(item.plans for item in self.rejected)
-        return measure_gap(
-            self.objectives,
-            self.front_values,
+        return Left(
             np.concatenate(points) if points else np.empty((0, len(self.objectives))),
-            open_plans=len(left),
-            unbounded=max(0, unbounded),
+            len(left),
+            max(0, unbounded),
         )
 
 

@@ -1,7 +1,7 @@
 """Iteration-level batching of a serving engine on one clock. See `core` for the rules."""
 
 from planner.simulator.config import SchedulerConfig
-from planner.simulator.pair import PairResult, Stage, simulate_pair
+from planner.simulator.pair import PairResult, Stage, prompts_of, simulate_pair
 from planner.simulator.result import SimulationResult
 from planner.simulator.simulate import simulate
 
@@ -10,6 +10,7 @@ __all__ = [
     "SchedulerConfig",
     "SimulationResult",
     "Stage",
+    "prompts_of",
     "simulate",
     "simulate_pair",
 ]

@@ -26,9 +26,9 @@ Rules (the same as in `reference`, which is the readable version and proves this
   what the cycle lacks of it is added to all of this request's token times (its lag).
 * Brought prompts. A worker that only decodes is handed requests with the KV cache of their prompts. Those
   at the head of the queue join the decodes before a step's chunks are made, while no prompt is under way,
-  where a request would be admitted and their blocks are free. They bring their first token (its time is that of joining), or lack
-  the KV of the prompt's last token, which their first decode step computes and so gives the first token.
-  One that is preempted recomputes its prompt here, as any other.
+  where a request would be admitted and their blocks are free. They bring their first token (its time is
+  that of joining), or lack the KV of the prompt's last token, which their first decode step computes and so
+  gives the first token. One that is preempted recomputes its prompt here, as any other.
 * Jump. While no prompt can be scheduled, k decode steps run at once, up to the next completion,
   block shortage, knot of the attention table, window crossing or arrival; their times are affine
   in the step's number, so their sum is closed.

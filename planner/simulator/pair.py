@@ -67,7 +67,7 @@ class Stage:
 
 @dataclass(eq=False)
 class PairResult:
-    """One simulated disaggregated plan: what prefill workers did, and decode workers with the requests' times."""
+    """One simulated disaggregated plan: what prefill workers did, and decode workers with all times."""
 
     prefill: SimulationResult
     decode: SimulationResult
@@ -126,9 +126,9 @@ def simulate_pair(
     *,
     slo: Mapping[str, Mapping[str, float]] | None = None,
 ) -> PairResult:
-    """Run a whole workload on prefill workers and decode workers; `transfer_s` [N] of each request's KV cache.
+    """Run a whole workload on prefill workers and decode workers.
 
-    Raises as `simulate` does.
+    `transfer_s` [N] is the time of each request's KV cache on its way. Raises as `simulate` does.
     """
     prompts = prompts_of(workload)
     first, second = replace(prefill.config, hands_over=True), decode.config
@@ -149,7 +149,9 @@ def simulate_pair(
     roots = np.flatnonzero(workload.parent < 0)
     waits = bool(workload.concurrency) or len(roots) < len(workload)
     stores = [
-        empty_store(prompts, prefill.tables, first, rows[0], first.replicas, len(roots), pending=len(workload)),
+        empty_store(
+            prompts, prefill.tables, first, rows[0], first.replicas, len(roots), pending=len(workload)
+        ),
         empty_store(workload, decode.tables, second, rows[1], second.replicas, 1, pending=len(workload)),
     ]
     for store in stores:

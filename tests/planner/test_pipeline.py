@@ -289,7 +289,6 @@ def test_a_plan_that_cannot_be_built_names_its_field(
         ({"engine": {"name": "vllm", "version": "0.1"}}, "engine.version"),
         ({"space": {"tensor": [3]}}, "space"),
         ({"space": {"gpu_clock_hz": [1410]}}, "space.gpu_clock_hz[0]"),
-        ({"space": {"serving": ["disaggregated"]}}, "space.serving"),
         ({"search": {"method": "annealing"}}, "search.method"),
         ({"workload": {"trace": {"path": "/nowhere/x.jsonl"}}}, "workload.trace.path"),
     ],

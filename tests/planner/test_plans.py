@@ -167,7 +167,6 @@ def test_reasons_name_the_rule() -> None:
 @pytest.mark.parametrize(
     ("limits", "path"),
     [
-        ({"serving": ("disaggregated",)}, "space.serving"),
         ({"context": (2,)}, "space.context"),
         ({"pools": ("main", "other")}, "space.pools[1]"),
     ],

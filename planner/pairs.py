@@ -1,0 +1,273 @@
+"""Disaggregated plans: prefill workers and decode workers, and the space of such pairs.
+
+A `PairPoint` is a plan with every value of both kinds of workers stated. Both keep the cache in one format:
+what one writes the other reads. Decode workers take whole caches over, so their prefix caching is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from hardware import Cluster, InputError, Pool
+from planner.engines import EngineProfile
+from planner.models import Degrees, ModelSpec, check_degrees
+from planner.plans import (
+    LARGE_POOL,
+    Excluded,
+    PlanPoint,
+    PlanProblem,
+    PlanSpace,
+    Traits,
+    check_formats,
+    check_plan,
+    id_of,
+    resolve_plan,
+    resolve_worker,
+)
+from planner.request import Plan, SpaceLimits
+
+#: Kinds of token mixing that keep a state.
+_RECURRENT = ("linear", "ssm")
+#: Sequence cap, token budget, chunked prefill, graphs, memory fraction, prefix caching.
+Row: TypeAlias = tuple[int, int, bool, bool, float, bool]
+#: Workers of a kind in large pools: two to each doubling.
+_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class PairPoint:
+    """A disaggregated plan: replicas of a prefill worker and of a decode worker."""
+
+    prefill: PlanPoint
+    decode: PlanPoint
+
+    @property
+    def devices(self) -> int:
+        """Devices of all workers."""
+        return self.prefill.devices + self.decode.devices
+
+    @property
+    def roles(self) -> tuple[tuple[str, PlanPoint], tuple[str, PlanPoint]]:
+        """Both kinds of workers by their names."""
+        return ("prefill", self.prefill), ("decode", self.decode)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan in the contract's form, every field present."""
+        return {
+            "serving": "disaggregated",
+            **{
+                role: {"replicas": point.replicas, "worker": point.worker_dict()}
+                for role, point in self.roles
+            },
+        }
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits of the plan's own content."""
+        return id_of(self.to_dict())
+
+    def label(self) -> str:
+        """`TP2 fp8 kv-fp8 b256/8192 prefill + 2x TP1 fp8 kv-fp8 b256/8192 decode`."""
+        return " + ".join(f"{point.label()} {role}" for role, point in self.roles)
+
+    def traits(self) -> Traits:
+        """What the plan is made of: both workers'."""
+        return Traits(*(a + b for a, b in zip(self.prefill.traits(), self.decode.traits(), strict=True)))
+
+
+Point: TypeAlias = PlanPoint | PairPoint
+
+
+def parts_of(point: Point) -> tuple[PlanPoint, ...]:
+    """The replicas of one worker, or of both kinds."""
+    return (point.prefill, point.decode) if isinstance(point, PairPoint) else (point,)
+
+
+def resolve(
+    plan: Plan, spec: ModelSpec, cluster: Cluster, engine: EngineProfile, path: str = "plan"
+) -> Point:
+    """A plan of either kind, every value stated. Raises as `resolve_worker`, and for pairs that cannot be."""
+    if plan.prefill is None or plan.decode is None:
+        return resolve_plan(plan, spec, cluster, engine, path)
+    found = {}
+    for role, part in (("prefill", plan.prefill), ("decode", plan.decode)):
+        worker, where = part.worker, f"{path}.{role}.worker"
+        if role == "decode":
+            if worker.prefix_caching:
+                raise InputError(
+                    f"{where}.prefix_caching",
+                    "decode workers take whole caches over; prefixes are cached by prefill workers",
+                )
+            worker = worker.model_copy(update={"prefix_caching": False})
+        found[role] = resolve_worker(worker, part.replicas, spec, cluster, engine, where)
+    return PairPoint(found["prefill"], found["decode"])
+
+
+def check(point: Point, spec: ModelSpec, cluster: Cluster, engine: EngineProfile) -> PlanProblem | None:
+    """What makes a plan of either kind impossible on the cluster, before any memory is counted; or None."""
+    if isinstance(point, PlanPoint):
+        return check_plan(point, spec, cluster)
+    for role, part in point.roles:
+        problem = check_plan(part, spec, cluster)
+        if problem is not None:
+            return PlanProblem(f"{role}.{problem.field}", f"{role} workers: {problem.reason}")
+    return check_pair(point, spec, cluster, engine)
+
+
+def check_pair(
+    point: PairPoint, spec: ModelSpec, cluster: Cluster, engine: EngineProfile
+) -> PlanProblem | None:
+    """What makes a pair impossible though each kind of worker is not."""
+    first, second = point.prefill, point.decode
+    if first.kv_cache != second.kv_cache:
+        return PlanProblem(
+            "decode.worker.quantization.kv_cache",
+            f"prefill workers write a cache in {first.kv_cache}, decode workers read {second.kv_cache}",
+        )
+    if first.pool == second.pool:
+        pool = cluster.pool(first.pool)
+        if point.devices > pool.devices:
+            return PlanProblem(
+                "decode.replicas",
+                f"the plan takes {point.devices} devices, pool {pool.name!r} has {pool.devices}",
+            )
+    hybrid = any(group.attention is not None and group.attention.kind in _RECURRENT for group in spec.layers)
+    if hybrid and engine.engine == "vllm" and first.tensor != second.tensor:
+        # vLLM, NixlConnector compatibility matrix, note 5.
+        return PlanProblem(
+            "decode.worker.parallelism.tensor",
+            f"vLLM hands the state of recurrent layers over between workers of equal tensor parallelism, not "
+            f"from {first.tensor} to {second.tensor}",
+        )
+    return None
+
+
+class PairLayout(NamedTuple):
+    """How both kinds of workers are cut, where they stand and how many there are."""
+
+    prefill: tuple[str, Degrees, int]
+    decode: tuple[str, Degrees, int]
+
+
+class PairSpace:
+    """All disaggregated plans of a request, in a fixed order; of the shape of a `PlanSpace`.
+
+    Both kinds of workers take the request's limits. Prefill workers differ in their token budget (and prefix
+    caching), decode workers in their sequence cap; of everything else they have the engine's default.
+    Pipelines are cut only where `space.pipeline` asks for it: they make a prompt's way longer, and
+    decode workers have no prompts to fill them with.
+    """
+
+    def __init__(self, spec: ModelSpec, cluster: Cluster, engine: EngineProfile, limits: SpaceLimits) -> None:
+        self.cluster = cluster
+        self._one = PlanSpace(spec, cluster, engine, limits.model_copy(update={"replicas": None}))
+        self.limits = limits
+        self.excluded: list[Excluded] = []
+        self.groups: list[tuple[PairLayout, tuple[str, str, str]]] = []
+        self._size = 0
+        pools = self._one.pools()
+        for first in pools:
+            for second in pools:
+                self._add(spec, first, second)
+
+    def _add(self, spec: ModelSpec, first: Pool, second: Pool) -> None:
+        shared = self._one.formats(second.device)
+        formats = [
+            names
+            for names in self._one.formats(first.device)
+            if names in shared and not any(check_formats(pool.device, *names) for pool in (first, second))
+        ]
+        cuts = [
+            [
+                degrees
+                for degrees in self._one.degrees(pool, pool.devices)
+                if (degrees.pipeline == 1 or self.limits.pipeline) and check_degrees(spec, degrees) is None
+            ]
+            for pool in (first, second)
+        ]
+        for here in cuts[0]:
+            for there in cuts[1]:
+                rows = len(self._prefills(first, here)) * len(self._decodes(second, there))
+                for counts in self._counts(first, second, _worker(here), _worker(there)):
+                    layout = PairLayout((first.name, here, counts[0]), (second.name, there, counts[1]))
+                    for names in formats:
+                        self.groups.append((layout, names))
+                        self._size += rows
+
+    def _counts(self, first: Pool, second: Pool, here: int, there: int) -> Iterator[tuple[int, int]]:
+        """Replicas of both kinds that the pools have devices for."""
+        asked = self.limits.replicas
+        for one in self._numbers(first, here, asked):
+            room = second.devices - (one * here if first.name == second.name else 0)
+            for two in self._numbers(second, there, asked):
+                if two * there <= room:
+                    yield one, two
+
+    @staticmethod
+    def _numbers(pool: Pool, worker: int, asked: tuple[int, ...] | None) -> list[int]:
+        most = pool.devices // worker
+        every = range(1, most + 1) if pool.devices < LARGE_POOL else _COUNTS
+        return [count for count in (asked or every) if count <= most]
+
+    def _prefills(self, pool: Pool, degrees: Degrees) -> list[Row]:
+        """Batching of prefill workers: of equal budgets the engine's own sequence cap."""
+        found: dict[Any, Row] = {}
+        for row in self._one.batching(pool, degrees):
+            found.setdefault(row[1:], row)
+        return list(found.values())
+
+    def _decodes(self, pool: Pool, degrees: Degrees) -> list[Row]:
+        """Batching of decode workers: of equal sequence caps the first token budget, no prefix caching."""
+        found: dict[Any, Row] = {}
+        for seqs, tokens, chunked, graphs, fraction, _ in self._one.batching(pool, degrees):
+            found.setdefault((seqs, graphs), (seqs, tokens, chunked, graphs, fraction, False))
+        return list(found.values())
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[PairPoint]:
+        for layout, formats in self.groups:
+            yield from self.points(layout, formats)
+
+    def batchings(self, layout: PairLayout) -> tuple[list[Row], list[Row]]:
+        """How prefill workers and decode workers of a layout may batch."""
+        (pool, here, _), (other, there, _) = layout
+        return (
+            self._prefills(self.cluster.pool(pool), here),
+            self._decodes(self.cluster.pool(other), there),
+        )
+
+    def points(self, layout: PairLayout, formats: tuple[str, str, str]) -> Iterator[PairPoint]:
+        """The plans of one layout and its formats."""
+        (pool, here, one), (other, there, two) = layout
+        firsts, seconds = self.batchings(layout)
+        for first in firsts:
+            for second in seconds:
+                yield PairPoint(
+                    _point(pool, one, here, formats, first), _point(other, two, there, formats, second)
+                )
+
+
+def pair_sizes(space: PairSpace) -> tuple[int, int]:
+    """(tokens, sequences) that tables shared by a whole space must reach."""
+    tokens = seqs = 1
+    for layout in {layout for layout, _ in space.groups}:
+        for rows in space.batchings(layout):
+            seqs = max(seqs, *(row[0] for row in rows))
+            tokens = max(tokens, *(row[1] for row in rows))
+    return tokens, seqs
+
+
+def _worker(degrees: Degrees) -> int:
+    return degrees.tensor * degrees.pipeline * degrees.attention_data
+
+
+def _point(pool: str, replicas: int, degrees: Degrees, formats: tuple[str, str, str], row: Row) -> PlanPoint:
+    seqs, tokens, chunked, graphs, fraction, prefix = row
+    return PlanPoint(
+        pool, replicas, degrees.tensor, degrees.pipeline, degrees.expert, degrees.attention_data, *formats,
+        seqs, tokens, chunked, graphs, fraction, prefix,
+    )  # fmt: skip
