@@ -32,6 +32,35 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # --- plan ----------------------------------------------------------------------------------------
 
 
+PAIR_WORKER: dict[str, Any] = {
+    "pool": "fast",
+    "parallelism": {"tensor": 4, "pipeline": 1, "expert": 1, "attention_data": 1, "context": 1},
+    "quantization": {"weights": "fp8", "activations": "fp8", "kv_cache": "fp8"},
+    "batching": {"max_num_seqs": 1024, "max_num_batched_tokens": 8192},
+}
+
+
+def test_a_pair_of_workers_says_once_what_both_share() -> None:
+    other = {
+        **PAIR_WORKER,
+        "pool": "cheap",
+        "parallelism": {**PAIR_WORKER["parallelism"], "tensor": 2},
+        "batching": {"max_num_seqs": 64, "max_num_batched_tokens": 2048},
+    }
+    plan = {
+        "serving": "disaggregated",
+        "prefill": {"replicas": 1, "worker": PAIR_WORKER},
+        "decode": {"replicas": 2, "worker": other},
+    }
+    rest = "fp8, KV fp8, 64 seqs / 8192 tokens"
+    assert plan_words(plan) == f"1 x TP4 prefill + 2 x TP2 decode, {rest}"
+    assert plan_words(plan, short=True) == f"1 x TP4 > 2 x TP2, {rest}"
+    assert plan_words(plan, pool=True) == f"1 x TP4 prefill on fast + 2 x TP2 decode on cheap, {rest}"
+    plan["decode"]["worker"] = {**other, "quantization": {**other["quantization"], "weights": "bf16"}}
+    apart = "1 x TP4 fp8, KV fp8 prefill + 2 x TP2 bf16/fp8, KV fp8 decode, 64 seqs / 8192 tokens"
+    assert plan_words(plan) == apart
+
+
 def test_plan_shows_the_front_and_writes_the_result(save: Save, capsys: Captured, tmp_path: Path) -> None:
     assert main(["plan", save(small_request()), "--json", "out.json"]) == DONE
     out, err = capsys.readouterr()

@@ -95,7 +95,6 @@ def test_the_budget_is_capped_by_the_runs_own_limit(served: tuple[TestClient, St
         (small_request(workload={"trace": {"path": "upload:../../etc/passwd"}}), "workload.trace.path"),
         (small_request(workload={"trace": {"path": f"upload:{NOBODY}"}}), "workload.trace.path"),
         (small_request(workload={"synthetic": {"preset": "no such"}}), "workload.synthetic.preset"),
-        (small_request(space={"serving": ["disaggregated"]}), "space.serving"),
         (small_request(space={"context": [2]}), "space.context"),
         (small_request(space={"pools": ["main", "other"]}), "space.pools[1]"),
         (small_request(run={"label": 7}), "run.label"),
