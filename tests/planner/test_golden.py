@@ -31,9 +31,37 @@ REQUESTS: dict[str, dict[str, Any]] = {
         objectives=["throughput", "tpot", "cost"],
         space={"max_num_seqs": [128], "max_num_batched_tokens": [4096], "pipeline": [1]},
     ),
+    "disaggregated-8b-four-h200": request_of(
+        "llama-3.1-8b",
+        "h200-sxm-141gb",
+        4,
+        engine="trtllm",
+        rate_rps=6.0,
+        inputs=3000,
+        objectives=["ttft", "tpot", "energy"],
+        space={
+            "serving": ["disaggregated"],
+            "weights": ["fp8"],
+            "kv_cache": ["fp8"],
+            "tensor": [1, 2],
+            "max_num_seqs": [128],
+            "max_num_batched_tokens": [8192],
+        },
+    ),
 }
 #: Relative; further apart, somebody should have a look.
 TOLERANCE = 0.03
+
+
+def workers(plan: dict[str, Any]) -> dict[str, Any]:
+    """How many workers there are, and how they are cut and stored; of a pair, by their names."""
+    if plan["serving"] == "disaggregated":
+        return {role: workers({"serving": "", **plan[role]}) for role in ("prefill", "decode")}
+    return {
+        "replicas": plan["replicas"],
+        "parallelism": plan["worker"]["parallelism"],
+        "quantization": plan["worker"]["quantization"],
+    }
 
 
 def summary(planner: Planner, request: dict[str, Any]) -> dict[str, Any]:
@@ -47,9 +75,7 @@ def summary(planner: Planner, request: dict[str, Any]) -> dict[str, Any]:
         rows.append(
             {
                 "id": plan_id,
-                "replicas": entry.plan["replicas"],
-                "parallelism": entry.plan["worker"]["parallelism"],
-                "quantization": entry.plan["worker"]["quantization"],
+                **workers(entry.plan),
                 "ttft_s_p95": metrics["ttft_s"]["p95"],
                 "tpot_s_mean": metrics["tpot_s"]["mean"],
                 "e2e_s_mean": metrics["e2e_s"]["mean"],
