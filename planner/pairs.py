@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from hardware import Cluster, InputError, Pool
 from planner.engines import EngineProfile
+from planner.handover import Side, handover_problem
 from planner.models import Degrees, ModelSpec, check_degrees
 from planner.plans import (
     LARGE_POOL,
@@ -28,8 +29,6 @@ from planner.plans import (
 )
 from planner.request import Plan, SpaceLimits
 
-#: Kinds of token mixing that keep a state.
-_RECURRENT = ("linear", "ssm")
 #: Sequence cap, token budget, chunked prefill, graphs, memory fraction, prefix caching.
 Row: TypeAlias = tuple[int, int, bool, bool, float, bool]
 #: Workers of a kind in large pools: two to each doubling.
@@ -121,11 +120,15 @@ def check_pair(
 ) -> PlanProblem | None:
     """What makes a pair impossible though each kind of worker is not."""
     first, second = point.prefill, point.decode
-    if first.kv_cache != second.kv_cache:
-        return PlanProblem(
-            "decode.worker.quantization.kv_cache",
-            f"prefill workers write a cache in {first.kv_cache}, decode workers read {second.kv_cache}",
+    sides = []
+    for part in (first, second):
+        device = cluster.pool(part.pool).device
+        sides.append(
+            Side(device.name, device.vendor, part.tensor, part.pipeline, part.kv_cache, part.prefix_caching)
         )
+    problem = handover_problem(engine.engine, spec, *sides)
+    if problem is not None:
+        return PlanProblem(problem.field, problem.reason)
     if first.pool == second.pool:
         pool = cluster.pool(first.pool)
         if point.devices > pool.devices:
@@ -133,14 +136,6 @@ def check_pair(
                 "decode.replicas",
                 f"the plan takes {point.devices} devices, pool {pool.name!r} has {pool.devices}",
             )
-    hybrid = any(group.attention is not None and group.attention.kind in _RECURRENT for group in spec.layers)
-    if hybrid and engine.engine == "vllm" and first.tensor != second.tensor:
-        # vLLM, NixlConnector compatibility matrix, note 5.
-        return PlanProblem(
-            "decode.worker.parallelism.tensor",
-            f"vLLM hands the state of recurrent layers over between workers of equal tensor parallelism, not "
-            f"from {first.tensor} to {second.tensor}",
-        )
     return None
 
 

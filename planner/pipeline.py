@@ -404,7 +404,12 @@ def _searched(
         beside=first.judged if first is not None else (),
         **common,
     )
-    return second if first is None else together(first, second, request.objectives)
+    if first is None:
+        return second
+    found = together(first, second, request.objectives)
+    if not (first.certified and second.certified) and "budget" in found.reason:
+        found.reason = f"the budget of {budget_s:g} s ran out"  # one sentence, not one for each share of it
+    return found
 
 
 def _result(question: Question, judges: Judges, outcome: Outcome) -> PlanningResult:

@@ -7,12 +7,13 @@ plan it stands for. What an engine cannot express is refused with the field's pa
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from planner.models import ModelSpec
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+#: What a target makes of a plan: files by name, the first the main one, and notes.
+Files: TypeAlias = tuple[dict[str, str], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,12 @@ class Flag:
     name: str
     value: str
     source: str
+    over_nodes: str = ""  # the value where a worker takes several nodes, if another
+
+    def words(self, *, several: bool = False) -> list[str]:
+        """The option and its value; on one node, or where it is one of `several`."""
+        value = self.over_nodes if several and self.over_nodes else self.value
+        return [self.name, value] if value else [self.name]
 
 
 @dataclass(slots=True)
@@ -40,6 +49,10 @@ class Launch:
     engine: str
     version: str
     model: str
+    spec: ModelSpec
+    role: str  # "prefill" or "decode"; "" for a worker that does both
+    pool: str
+    device: str
     flags: list[Flag]
     replicas: int
     devices: int
@@ -49,6 +62,7 @@ class Launch:
     config: dict[str, Any] = field(default_factory=dict)  # TensorRT-LLM's YAML
     config_flag: str = ""
     config_sources: dict[str, str] = field(default_factory=dict)  # the plan's fields by their place in it
+    environment: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -57,18 +71,42 @@ class Launch:
         return -(-self.devices // self.devices_per_node)
 
     @property
-    def arguments(self) -> list[str]:
+    def path(self) -> str:
+        """Where the worker stands in the request."""
+        return f"plan.{self.role}.worker" if self.role else "plan.worker"
+
+    @property
+    def config_file(self) -> str:
+        """The name of its YAML."""
+        return f"{self.role or 'config'}.yaml"
+
+    @property
+    def label(self) -> str:
+        """A DNS label of the model, as Kubernetes wants: from a letter to a letter or digit."""
+        text = self.model.rstrip("/").split("/")[-1].lower()
+        label = "".join(c if c.isascii() and c.isalnum() else "-" for c in text).strip("-")
+        if not label[:1].isalpha():
+            label = f"model-{label}"
+        return label[:50].rstrip("-")
+
+    def arguments(self, config_file: str) -> list[str]:
         """The command with all options."""
         words = [*option_table(self.engine)["command"], self.model]
         for flag in self.flags:
-            words += [flag.name, flag.value] if flag.value else [flag.name]
+            words += flag.words(several=self.nodes > 1)
         if self.config:
-            words += [self.config_flag, "config.yaml"]
+            words += [self.config_flag, config_file]
         return words
+
+    def source(self, field_of_worker: str) -> str:
+        """A field of the worker (or several, multiplied) as the plan names it."""
+        role = f"{self.role}." if self.role else ""
+        return " x ".join(f"{role}{one}" for one in field_of_worker.split(" x "))
 
     def config_text(self) -> str:
         """The YAML, below a list of the plan's fields behind it."""
-        reasons = [f"#   {place:<42} {source}\n" for place, source in self.config_sources.items()]
+        width = max([42, *map(len, self.config_sources)])
+        reasons = [f"#   {place:<{width}} {source}\n" for place, source in self.config_sources.items()]
         return "# The field of the plan behind each:\n" + "".join(reasons) + to_yaml([self.config])
 
 
@@ -92,19 +130,37 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(numbers + [0] * (3 - len(numbers)))
 
 
-def image_of(table: Mapping[str, Any], version: str) -> str:
-    """The engine's published image: its tags have three numbers and what follows them."""
+def quoted(word: str, variables: Mapping[str, str]) -> str:
+    """A word for a shell; where a name stands in braces, the shell's variable (`$NAME`) of that name."""
+    text = shlex.quote(word)
+    for name, variable in variables.items():
+        if word == f"{{{name}}}":
+            return f'"{variable}"'
+        text = text.replace(f"{{{name}}}", f"'\"{variable}\"'")
+    return text
+
+
+def release_of(version: str) -> str:
+    """The version as releases are named: three numbers and what follows them."""
     suffix = re.sub(r"^v?\d+(\.\d+)*", "", version)
-    tag = ".".join(map(str, _number(version))) + suffix
+    return ".".join(map(str, _number(version))) + suffix
+
+
+def image_of(table: Mapping[str, Any], version: str) -> str:
+    """The engine's published image."""
+    tag = release_of(version)
     return str(table["image"]).format(version=table.get("tags", {}).get(tag, tag))
 
 
-def launch_of(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) -> Launch:
-    """How the request's engine is started for a plan. Raises InputError for what it cannot express."""
+def launch_of(part: Mapping[str, Any], request: Mapping[str, Any], engine: str, role: str = "") -> Launch:
+    """How the request's engine is started for an aggregated plan, or for the part of one that has a role.
+
+    Raises InputError for what it cannot express.
+    """
     from hardware import load_catalog
     from planner.models import load_model
 
-    table, worker = option_table(engine), plan["worker"]
+    table, worker = option_table(engine), part["worker"]
     version = str(request.get("engine", {}).get("version") or table["newest"])
     if _number(version) < _number(table["oldest"]) or _number(version) > _number(table["newest"]):
         raise InputError(
@@ -122,8 +178,8 @@ def launch_of(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) 
     spec = load_model(request["model"], request.get("config"))
     model, own = _checkpoint(request["model"], spec)
     launch = Launch(
-        engine, version, model, [], plan["replicas"],
-        devices, int(pool.get("devices_per_node") or usual or devices),
+        engine, version, model, spec, role, pool.get("name", "main"), device.name if device else "", [],
+        part["replicas"], devices, int(pool.get("devices_per_node") or usual or devices),
         device.vendor if device else "nvidia", degrees["attention_data"],
     )  # fmt: skip
     values = {
@@ -140,15 +196,16 @@ def launch_of(plan: Mapping[str, Any], request: Mapping[str, Any], engine: str) 
     _formats(launch, worker["quantization"], own)
     if engine == "trtllm":
         launch.config = _trtllm_config(worker)
-        launch.config_flag = next(row["flag"] for row in table["config"] if _knows(row, version))
+        launch.config_flag = next(row["flag"] for row in table["config"] if knows(row, version))
         launch.config_sources = {
-            place: source for place, source in _TRTLLM_SOURCES.items() if _stands(launch.config, place)
+            place: launch.source(source)
+            for place, source in _TRTLLM_SOURCES.items()
+            if _stands(launch.config, place)
         }
     _check_cache(launch, worker["quantization"]["kv_cache"])
+    launch.flags = [replace(flag, source=launch.source(flag.source)) for flag in launch.flags]
     if len(pools) > 1 and device:
-        launch.notes.append(
-            f"The plan is for pool {pool.get('name', 'main')!r}: run it on its {device.name} only."
-        )
+        launch.notes.append(f"The plan is for pool {launch.pool!r}: run it on its {device.name} only.")
     if worker.get("gpu_clock_hz"):
         mhz = f"{worker['gpu_clock_hz'] / 1e6:.0f}"
         launch.notes.append(
@@ -173,7 +230,7 @@ def _checkpoint(asked: str, spec: ModelSpec) -> tuple[str, str]:
     return ids[0], load_model(spec.name).quantization.weights
 
 
-def _knows(row: Mapping[str, Any], version: str) -> bool:
+def knows(row: Mapping[str, Any], version: str) -> bool:
     """Whether a version of an engine has what a row of its table says."""
     if "since" in row and _number(version) < _number(row["since"]):
         return False
@@ -199,7 +256,7 @@ def _flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 def _flag(
     option: Mapping[str, Any], values: Mapping[str, Any], version: str, own: str, launch: Launch
 ) -> Flag | None:
-    if not _knows(option, version):
+    if not knows(option, version):
         return None
     name = option.get("source", option["field"])
     value = values[option["field"]]
@@ -227,13 +284,13 @@ def _check_spread(launch: Launch, degrees: Mapping[str, int]) -> None:
     stage = degrees["tensor"] * degrees["attention_data"]
     if launch.engine == "vllm" and degrees["expert"] not in (1, stage):
         raise InputError(
-            "plan.worker.parallelism.expert",
+            f"{launch.path}.parallelism.expert",
             f"vLLM spreads experts over all {stage} devices of a stage or over none, not over "
             f"{degrees['expert']}",
         )
     if launch.engine == "trtllm" and degrees["attention_data"] > 1 and degrees["tensor"] > 1:
         raise InputError(
-            "plan.worker.parallelism.attention_data",
+            f"{launch.path}.parallelism.attention_data",
             f"TensorRT-LLM's attention data parallelism takes all {stage} devices of a stage, not "
             f"{degrees['attention_data']} groups of {degrees['tensor']}",
         )
@@ -261,7 +318,7 @@ def _check_cache(launch: Launch, kv_cache: str) -> None:
     if kv_cache in _DTYPES or said or "dtype" in launch.config.get("kv_cache_config", {}):
         return
     raise InputError(
-        "plan.worker.quantization.kv_cache",
+        f"{launch.path}.quantization.kv_cache",
         f"no option of {launch.engine} {launch.version} is known that keeps the cache in {kv_cache}",
     )
 
@@ -323,10 +380,10 @@ def node_options(launch: Launch, rank: str, head: str) -> list[str]:
     if launch.nodes == 1:
         return []
     spans = f"a worker of {launch.devices} devices spans nodes of {launch.devices_per_node}"
-    table, where = option_table(launch.engine).get("nodes"), "plan.worker.parallelism"
+    table, where = option_table(launch.engine).get("nodes"), f"{launch.path}.parallelism"
     if launch.devices % launch.devices_per_node:
         raise InputError(where, f"{spans}, which it would fill unevenly")
-    if table is None or not _knows(table, launch.version):
+    if table is None or not knows(table, launch.version):
         raise InputError(
             where, f"{spans}; how {launch.engine} {launch.version} is started on several is not known"
         )

@@ -286,6 +286,8 @@ def test_a_worker_on_several_nodes(engine: str, degrees: dict[str, int], options
     text = export_plan(wide, asked, "kubernetes").files["deployment.yaml"]
     group, service = yaml.safe_load_all(text)
     assert (group["kind"], group["spec"]["replicas"]) == ("LeaderWorkerSet", 2)
+    # The set's own headless service, by which leaders are found, has the set's name.
+    assert group["metadata"]["name"] != service["metadata"]["name"]
     template = group["spec"]["leaderWorkerTemplate"]
     assert template["size"] == 2
     leader, follower = template["leaderTemplate"], template["workerTemplate"]

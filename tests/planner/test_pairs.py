@@ -106,7 +106,7 @@ def test_what_is_not_modelled_is_refused_at_its_path(
         (
             {"decode": {"worker": {"quantization": {"kv_cache": "fp8"}}}},
             "decode.worker.quantization.kv_cache",
-            "write a cache in bf16, decode workers read fp8",
+            "prefill workers in bf16 and decode workers in fp8",
         ),
         (
             {"prefill": {"worker": {"parallelism": {"tensor": 3}}}},

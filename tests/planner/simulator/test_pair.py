@@ -14,7 +14,7 @@ from planner.simulator import SchedulerConfig, Stage, simulate_pair
 from planner.simulator.reference_pair import simulate_pair_reference
 from planner.simulator.result import bin_edges
 from planner.workload.workload import Workload
-from tests.planner.simulator.build import MACHINE, tables, workload
+from tests.planner.simulator.build import tables, workload
 from tests.planner.simulator.test_reference import cases
 
 Shape = tuple[dict[str, Any], SchedulerConfig]
