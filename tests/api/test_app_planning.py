@@ -176,6 +176,23 @@ def test_evaluate_judges_one_plan(client: TestClient, request_data: Any) -> None
     assert answer["plans"] == json.loads(json.dumps(direct["plans"]))
 
 
+def test_a_pair_of_workers_is_planned_and_judged(client: TestClient, request_data: Any) -> None:
+    space = {**request_data.get("space", {}), "serving": ["disaggregated"], "tensor": [1]}
+    reply = client.post("/api/v1/plans", json={**request_data, "space": space})
+    assert reply.status_code == 200
+    result = PlanningResult.model_validate(reply.json())
+    best = result.plan(result.front[0])
+    assert best.plan["serving"] == "disaggregated"
+    assert best.prefill_memory_bytes_per_device is not None
+    judged = client.post("/api/v1/evaluate", json={**request_data, "plan": best.plan}).json()
+    assert judged["plans"][0]["id"] == best.id
+    assert judged["plans"][0]["metrics"]["e2e_s"] == pytest.approx(best.metrics["e2e_s"], rel=1e-3)
+    wrong = {**best.plan, "decode": {**best.plan["decode"], "replicas": 99}}
+    refused = client.post("/api/v1/evaluate", json={**request_data, "plan": wrong}).json()
+    assert refused["status"] == "infeasible"
+    assert refused["rejected"][0]["field"] == "plan.decode.replicas"
+
+
 def test_evaluate_without_an_id_has_none(client: TestClient, request_data: Any) -> None:
     assert "id" not in client.post("/api/v1/evaluate", json={**request_data, "plan": PLAN}).json()
 
