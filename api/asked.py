@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ from hardware import InputError, load_catalog
 from planner.fleet import FleetRequest, parse_fleet
 from planner.models import load_model
 from planner.request import PlanningRequest, StrictModel, input_error
-from planner.sweep import JUDGED, MAX_VALUES, varied
+from planner.sweep import MAX_VALUES, judged_once, varied
 
 _Value = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
@@ -64,7 +63,7 @@ def admit_kind(kind: str, data: Any, settings: Settings) -> Asked:
         given = parse_sweep(data)
         with _below("request"):
             request = admit_run(given.request, settings)
-        runs = 1 if _is_judged(given.vary) else len(given.values)
+        runs = 1 if judged_once(given.request, given.vary) else len(given.values)
         budget_s = min(request.search.budget_s, settings.max_run_budget_s / runs)
         request = request.model_copy(
             update={"search": request.search.model_copy(update={"budget_s": budget_s})}
@@ -194,10 +193,6 @@ def _collect(look: Callable[[], object]) -> list[tuple[str, str]]:
     except InputError as error:
         return problems_of(error)
     return []
-
-
-def _is_judged(vary: str) -> bool:
-    return re.match(JUDGED, vary) is not None
 
 
 # --- plans of studies -------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def lengths(row: Any, nominal: float) -> dict[str, Any]:
 
 
 def engine_of(row: Any) -> dict[str, str]:
-    """A run's engine. Development builds are named freely ("nightly-dev"): the newest profile stands for them."""
+    """A run's engine; the newest profile stands for development builds, which are named freely."""
     numbered = isinstance(row.backend_version, str) and re.match(r"\d+(\.\d+)+", row.backend_version)
     return {"name": row.backend, **({"version": numbered.group()} if numbered else {})}
 

@@ -107,9 +107,17 @@ def parse_fleet(data: Any) -> FleetRequest:
     if not isinstance(data, Mapping):
         raise InputError("", "a fleet request is a mapping of fields")
     try:
-        return FleetRequest.model_validate(dict(data))
+        fleet = FleetRequest.model_validate(dict(data))
     except ValidationError as error:
         raise input_error(error, FleetRequest) from None
+    for index, member in enumerate(fleet.models):
+        path, space = f"models[{index}].space", member.space
+        if space.replicas not in (None, (1,)):
+            raise InputError(f"{path}.replicas", "a fleet chooses its replicas itself, leave this out")
+        if "disaggregated" in (space.serving or ()):
+            words = "a fleet is made of aggregated replicas; plan a model alone for others"
+            raise InputError(f"{path}.serving", words)
+    return fleet
 
 
 @dataclass(slots=True, eq=False)
@@ -176,13 +184,6 @@ class _Member:
         limits = asked.space.model_dump(exclude_none=True)
         limits.setdefault("max_num_batched_tokens", _BUDGETS)
         limits.setdefault("max_num_seqs", _SEQUENCES)
-        if limits.get("replicas") not in (None, (1,)):
-            raise InputError(f"{path}.space.replicas", "a fleet chooses its replicas itself, leave this out")
-        if "disaggregated" in limits.get("serving", ()):
-            raise InputError(
-                f"{path}.space.serving",
-                "a fleet is made of aggregated replicas; plan a model alone for others",
-            )
         limits["replicas"] = (1,)
         try:
             question = planner.load(

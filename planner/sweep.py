@@ -58,8 +58,7 @@ def sweep(
     planner = planner or Planner()
     request = parse_request(data)
     start = clock()
-    modes = request.space.serving or ("aggregated",)
-    if re.match(JUDGED, vary) and "disaggregated" not in modes:
+    if judged_once(request, vary):
         points = _judged_anew(planner, request, requests, values, clock, cancelled, workers, support)
     else:
         points = []
@@ -86,6 +85,12 @@ def sweep(
         "wall_s": clock() - start,
         "provenance": {"planfront": version(), "catalog": planner.catalog.version},
     }
+
+
+def judged_once(request: PlanningRequest, vary: str) -> bool:
+    """Whether one simulation of the whole space answers all values: targets and prices change none. Pairs of
+    workers are too many for that."""
+    return bool(re.match(JUDGED, vary)) and "disaggregated" not in (request.space.serving or ())
 
 
 def varied(data: Any, vary: str, values: Sequence[float]) -> list[PlanningRequest]:

@@ -37,8 +37,8 @@ GRIDDED, _HALF = (("gemm", "bf16"),), 0.45
 #: Families whose other predictors are the mean of two: trees alone, and trees that correct a small network.
 #: They err apart: GEMMs of narrow formats gain 2 to 30 %, experts of models never seen 10.
 HEDGED = ("gemm", "moe")
-#: Decode attention is a mean of flat trees and of trees whose leaves slope (decision 0023), with the weight of
-#: these. Time rises with every size there, which flat leaves can only follow in stairs.
+#: Decode attention is a mean of flat trees and of trees whose leaves slope (decision 0023), with the weight
+#: of these. Time rises with every size there, which flat leaves can only follow in stairs.
 _SLOPES, _SLOPING = Setting(100, 95, 0.2, 12), 0.7
 #: Of GEMMs in fp8: the sizes of the flat trees, alone and upon a network, and of sloping ones. Other formats
 #: gain nothing by three parts.

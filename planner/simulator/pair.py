@@ -159,22 +159,14 @@ def simulate_pair(
         store.ints[:, core.LOGGED] = core.STOPS if waits else 1
     if workload.concurrency:
         rows[0].floats[:, core.ARRIVE] = lead_s
-        started = queue_order(roots[:clients], rows[0])
-        _push_all(rows[0], stores[0], started, worker[0])
-        roots = roots[clients:]
-    else:
-        for index in range(first.replicas):
-            mine = queue_order(roots[worker[0, roots] == index], rows[0])
-            stores[0].order[index, : len(mine)] = mine
-            stores[0].ints[index, core.REND] = len(mine)
-        roots = roots[:0]
+    _arrive(roots[:clients] if clients else roots, rows[0], stores[0], worker[0], heaped=clients > 0)
     ends_early = (workload.output_tokens == 1) & (second.brought == WITH_FIRST_TOKEN)
     _tandem(
         compiled_tables(prefill.tables), rows[0], stores[0],
         compiled_tables(decode.tables), rows[1], stores[1],
         worker, np.asarray(transfer_s, np.float64), ends_early,
         child if len(child) == len(workload) else alone, sibling if len(sibling) == len(workload) else alone,
-        roots, waits,
+        roots[clients:] if clients else roots[:0], waits,
     )  # fmt: skip
     arrival_s = rows[0].floats[:, core.ARRIVE] - lead_s
     handed_s = rows[0].floats[:, core.FINISH]
@@ -192,13 +184,18 @@ def simulate_pair(
     )  # fmt: skip
 
 
-def _push_all(rows: core.Rows, store: core.Store, wanted: IntArray, worker: IntArray) -> None:
-    """Put requests into their workers' heaps; they come in ascending order, which is a heap."""
-    for i in wanted:
-        index = worker[i]
-        at = store.ints[index, core.AHEAP]
-        store.aheap[index, at] = rows.floats[i, core.ARRIVE], i
-        store.ints[index, core.AHEAP] = at + 1
+def _arrive(wanted: IntArray, rows: core.Rows, store: core.Store, worker: IntArray, *, heaped: bool) -> None:
+    """Put requests whose arrivals are known into the rows of their workers, or where others' ends start more
+    of their kind, into the heaps."""
+    for index in range(len(store.ints)):
+        mine = queue_order(wanted[worker[wanted] == index], rows)
+        if heaped:  # ascending, so it is a heap
+            store.aheap[index, : len(mine), 0] = rows.floats[mine, core.ARRIVE]
+            store.aheap[index, : len(mine), 1] = mine
+            store.ints[index, core.AHEAP] = len(mine)
+        else:
+            store.order[index, : len(mine)] = mine
+            store.ints[index, core.REND] = len(mine)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -118,6 +118,10 @@ def test_too_much_demand_is_an_answer(planner: Planner) -> None:
         ({"models": [model("a", 1.0, slo={})]}, r"^models\[0\]\.slo: set at least one bound"),
         ({"models": [model("a", 1.0, "no-such-model")]}, r"^models\[0\]\.model: "),
         ({"models": [model("a", 1.0, space={"replicas": [2]})]}, r"^models\[0\]\.space\.replicas: "),
+        (
+            {"models": [model("a", 1.0, space={"serving": ["disaggregated"]})]},
+            r"^models\[0\]\.space\.serving: ",
+        ),
         ({"objective": "happiness"}, r"^objective: must be one of cost, energy, devices"),
         ({"demand": [0.0]}, r"^demand\[0\]: must be more than 0"),
         (

@@ -42,6 +42,16 @@ def test_judged_anew_is_planned_anew(
             assert point["metrics"][name] == pytest.approx(entry.metrics[name])
 
 
+def test_pairs_of_workers_are_planned_anew_at_every_value(planner: Planner) -> None:
+    space = {**SPACE, "serving": ["disaggregated"], "tensor": [1], "weights": ["bf16"]}
+    found = sweep(request_of(space=space), "slo.ttft_s.p95", [0.001, 1.0], planner=planner)
+    assert [point["status"] for point in found["points"]] == ["infeasible", "ok"]
+    point = found["points"][1]
+    assert point["label"].endswith(" decode")
+    assert " prefill + " in point["label"]
+    assert point["plan"]["serving"] == "disaggregated"
+
+
 def test_a_tighter_slo_never_costs_less(planner: Planner, request_data: dict[str, Any]) -> None:
     only_cost = {**request_data, "objectives": ["cost"]}
     found = sweep(only_cost, "slo.tpot_s.p95", [0.02, 0.01, 0.008, 0.006], planner=planner)
