@@ -24,7 +24,7 @@ from api.errors import ApiError, problem_response
 from api.middleware import BodyLimit
 from api.settings import Settings
 from costmodels import artifact_rows
-from web import assets, compare, planning, run_pages, studies, traces
+from web import assets, compare, downloads, planning, run_pages, studies, traces
 from web.page import back_to, html, sent_fields, service_of
 from web.pages import CATALOG_KINDS, catalog_page, login_page, render
 from web.session import COOKIE, SessionGate, Sessions, safe_target, session_name
@@ -53,7 +53,7 @@ def create_app(
             limits = {**layer.kwargs["limits"], "/traces": app.state.settings.max_upload_bytes}
             layer.kwargs["limits"] = limits
     app.state.desk = Desk("timeline", threads=1, waiting=8, retry_after_s=5)
-    parts = (router, planning, run_pages, compare, studies, traces, assets)
+    parts = (router, planning, run_pages, downloads, compare, studies, traces, assets)
     for part in parts:
         app.include_router(part if isinstance(part, APIRouter) else part.router)
     _close_with(app)

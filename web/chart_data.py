@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from planner.objectives import OBJECTIVES
-from web.view import AXES, kind_of, objective_of, plan_label
+from web.labels import SERVING, plan_label, serving_of, weights_of
+from web.view import AXES, kind_of, objective_of
 
 #: Plans sent to a browser at most; of more, dominated ones are left out evenly.
 MOST_POINTS = 5_000
@@ -91,7 +92,9 @@ def chart_data(result: Mapping[str, Any]) -> dict[str, Any]:
         "kind": [KINDS.index(kinds[entry["id"]]) for entry in entries],
         "ids": [entry["id"] for entry in entries],
         "labels": [plan_label(entry["plan"], result["request"]) for entry in entries],
-        "weights": [_weights(entry["plan"]) for entry in entries],
+        "weights": [weights_of(entry["plan"]) for entry in entries],
+        "servings": list(SERVING),
+        "serving": [list(SERVING).index(serving_of(entry["plan"])) for entry in entries],
         "values": values,
         "low": low,
         "high": high,
@@ -99,8 +102,3 @@ def chart_data(result: Mapping[str, Any]) -> dict[str, Any]:
         "certified": result["search"]["certified"],
         "bounded": result["search"]["bounded"],
     }
-
-
-def _weights(plan: Mapping[str, Any]) -> str:
-    worker = plan.get("worker") or (plan.get("decode") or {}).get("worker") or {}
-    return str((worker.get("quantization") or {}).get("weights") or "")

@@ -136,9 +136,18 @@ def _text(x: float, y: float, text: str, css: str = "", anchor: str = "") -> str
     return f'<text x="{_n(x)}" y="{_n(y)}"{more}>{escape(text)}</text>'
 
 
-def _mark(kind: str, x: float, y: float, tip: str = "") -> str:
-    """The shape of a kind around a point: hollow ring, cross, disc, diamond, square."""
-    if kind == "dominated":
+def _mark(kind: str, x: float, y: float, tip: str = "", square: bool = False) -> str:
+    """The shape of a kind around a point: hollow ring, cross, disc, diamond, square.
+
+    `square` makes squares of rings and discs: a second thing that a mark can tell.
+    """
+    if square and kind in ("dominated", "front"):
+        half = {"dominated": 2.5, "front": 4.5}[kind]
+        shape = (
+            f'<rect class="m-{kind}" x="{_n(x - half)}" y="{_n(y - half)}" '
+            f'width="{_n(2 * half)}" height="{_n(2 * half)}"'
+        )
+    elif kind == "dominated":
         shape = f'<circle class="m-{kind}" cx="{_n(x)}" cy="{_n(y)}" r="2.6"'
     elif kind == "misses":
         d = f"M{_n(x - 3)} {_n(y - 3)}l6 6m0 -6l-6 6"
@@ -165,9 +174,10 @@ def scatter(
 ) -> str:
     """Plans as marks over two objectives.
 
-    A point is `{"x", "y", "kind", "label"}`, `kind` one of `KINDS`; an axis `{"label", "unit"}`, with
-    `better` `low` or `high`. Points without finite values are left out, and points of the lower kinds
-    that would hide behind each other are drawn once; "" when none is left.
+    A point is `{"x", "y", "kind", "label"}`, `kind` one of `KINDS`, drawn with corners where `square` is
+    true; an axis `{"label", "unit"}`, with `better` `low` or `high`. Points without finite values are left
+    out, and points of the lower kinds that would hide behind each other are drawn once; "" when none is
+    left.
     """
     drawable = [
         point
@@ -180,7 +190,7 @@ def scatter(
     up = _Axis([p["y"] for p in drawable], y["label"], y["unit"], HEIGHT - _BOTTOM, _TOP)
     parts = [_open(WIDTH, HEIGHT, "scatter", title, description, ident)]
     parts += _frame(across, up, x, y)
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, bool, str, str]] = set()
     used = []
     for kind, words in KINDS.items():
         of_kind = [point for point in drawable if point["kind"] == kind]
@@ -190,11 +200,12 @@ def scatter(
             parts.append(_staircase(of_kind, across, up))
         for point in of_kind:
             at_x, at_y = across.place(point["x"]), up.place(point["y"])
-            key = (kind, f"{at_x:.0f}", f"{at_y:.0f}")
+            square = bool(point.get("square"))
+            key = (kind, square, f"{at_x:.0f}", f"{at_y:.0f}")
             if kind in ("dominated", "misses") and key in seen:
                 continue
             seen.add(key)
-            parts.append(_mark(kind, at_x, at_y, str(point.get("label", ""))))
+            parts.append(_mark(kind, at_x, at_y, str(point.get("label", "")), square))
     at = 12.0
     for kind, words in used:
         parts.append(_mark(kind, at, 12))

@@ -18,10 +18,12 @@ from planner.explain import too_close
 from planner.exports import export_plan
 from planner.objectives import OBJECTIVES
 from web import charts, reasons
+from web.exports import engine_of
 from web.format import count, number, percent, quantity
+from web.labels import batching_words, plan_label, plan_settings, serving_of
 from web.page import html, runs_of
 from web.run_pages import STATUS_WORDS, ago, machines, result_of, when
-from web.view import AXES, MEMORY, TIME, bar_of, batching_words, objective_of, plan_label, plan_settings
+from web.view import AXES, memory_bars, objective_of, time_bar
 
 router = APIRouter(include_in_schema=False)
 _MOST = 4
@@ -122,18 +124,17 @@ def _view(items: list[dict[str, Any]]) -> dict[str, Any]:
                 "run_href": f"/runs/{item['run']['id']}",
                 "machines": machines(item["asked"]),
                 "meets": entry["meets_slo"],
-                "memory": bar_of(entry.get("memory_bytes_per_device") or {}, MEMORY, "B",
-                                 "Memory of one device", f"mem-{index}"),
-                "time": bar_of(entry.get("breakdown_s") or {}, TIME, "s",
-                               "Where the time goes", f"time-{index}"),
+                "memory": memory_bars(entry, f"bar-{index}"),
+                "time": time_bar(entry, f"bar-{index}"),
             }
-        )  # fmt: skip
+        )
+    settings = [dict(plan_settings(item["entry"]["plan"])) for item in items]
     return {
         "heads": heads,
         "several_runs": several_runs,
         "metrics": [row for spec in _ROWS if (row := _metric_row(items, spec)) is not None],
-        "settings": _differences([dict(plan_settings(item["entry"]["plan"])) for item in items]),
-        "same_settings": _same([dict(plan_settings(item["entry"]["plan"])) for item in items]),
+        "settings": _differences(settings),
+        "same_settings": _same(settings),
         "requests": _differences([_flat(item["asked"]) for item in items]) if several_runs else [],
         "diff": _manifest_diff(items),
         "intervals": _too_close(items),
@@ -197,12 +198,14 @@ def _same(columns: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 
 def _manifest_diff(items: list[dict[str, Any]]) -> list[str]:
-    """What differs between the commands of the first two, as a unified diff."""
+    """What differs between the commands of the first two, as a unified diff; nothing where all does."""
+    if len({serving_of(item["entry"]["plan"]) for item in items[:2]}) > 1:
+        return []
     texts = []
     for item in items[:2]:
-        engine = item["asked"].get("engine", {}).get("name", "vllm")
         try:
-            texts.append(export_plan(item["entry"]["plan"], item["asked"], engine).text().splitlines())
+            artifact = export_plan(item["entry"]["plan"], item["asked"], engine_of(item["asked"]))
+            texts.append(artifact.text().splitlines())
         except InputError:
             return []
     first, second = texts

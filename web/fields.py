@@ -18,6 +18,7 @@ from web.forms import (
     STATISTICS,
     Form,
 )
+from web.labels import SERVING
 from web.view import request_yaml
 
 #: Fields that stand ready when traffic is of another kind.
@@ -258,6 +259,8 @@ def _space(form: Form, left: dict[str, Any]) -> None:
         values = space.get(name)
         if not isinstance(values, (list, tuple)):
             continue
+        if kind == "choice" and not all(isinstance(v, str) and v in SERVING for v in values):
+            continue  # there is no box to tick for it
         if kind == "clock" and all(v is None or isinstance(v, (int, float)) for v in values):
             # Hertz in a request, megahertz on a page, as the tools that lock clocks have them.
             values = [FULL_CLOCK if v is None else float(f"{v / 1e6:.12g}") for v in values]

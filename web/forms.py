@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl
 from hardware import InputError
 from planner.request import Objective
 from planner.workload import PRESETS
+from web.labels import AGGREGATED, SERVING
 from web.view import request_yaml
 from web.yaml_text import read_yaml
 
@@ -107,8 +108,10 @@ SPACE: dict[str, tuple[str, str]] = {
     "prefix_caching": ("Prefix caching", "flag"),
     "memory_fraction": ("Memory fraction", "number"),
     "gpu_clock_hz": ("GPU clocks (MHz)", "clock"),
-    "serving": ("Serving", "text"),
+    "serving": ("Ways to serve", "choice"),
 }
+#: Sent with the boxes of a choice, to tell none ticked from nothing said.
+NO_TICK = "none"
 #: SLO metric -> (field of its value, field of its statistic, how many of the field's unit are a second).
 SLO_FIELDS = {
     "ttft_s": ("ttft_ms", "ttft_stat", 1000.0),
@@ -169,6 +172,17 @@ class Form:
     def failed(self) -> bool:
         """Something is wrong."""
         return bool(self.errors or self.general)
+
+    @property
+    def servings(self) -> list[str]:
+        """The ways to serve that are ticked; the request's own default where nothing was said of them."""
+        words = _words(self.space.get("serving", "")) or [AGGREGATED]
+        return [name for name in SERVING if name in words]
+
+    @property
+    def limited(self) -> bool:
+        """Whether a limit of the plan space is set that stands with the search."""
+        return any(text for name, text in self.space.items() if name != "serving")
 
     def error(self, name: str, message: str) -> None:
         """Put a sentence beside a field, once."""
@@ -272,6 +286,9 @@ def form_of_pairs(pairs: Sequence[tuple[str, str]]) -> Form:
         for index in range(min(count, MAX_POOLS))
     ]
     form.space = {name: sent.get(f"space_{name}", "").strip() for name in SPACE}
+    # A browser sends the boxes that are ticked, and a word of ours with them: without any, it is alone.
+    ticked = [value for name, value in pairs if name == "space_serving"]
+    form.space["serving"] = ", ".join([value for value in ticked if value != NO_TICK] or ticked[:1])
     form.objectives = tuple(value for name, value in pairs if name == "objectives")
     form.mode = sent.get("mode") or "form"
     form.text = sent.get("yaml", "").replace("\r\n", "\n")
@@ -472,10 +489,17 @@ def _slo(form: Form) -> dict[str, dict[str, float]]:
 def _space(form: Form) -> dict[str, list[Any]]:
     space: dict[str, list[Any]] = {}
     for name, (_, kind) in SPACE.items():
-        words = [part for part in re.split(r"[,\s]+", form.space.get(name, "")) if part]
-        if words:
+        words = _words(form.space.get(name, ""))
+        if words == [NO_TICK]:
+            form.error(f"space_{name}", "tick one at least")
+        # Aggregated plans alone are what a request means that says nothing of it.
+        elif words and (kind != "choice" or words != [AGGREGATED]):
             space[name] = [_limit(form, f"space_{name}", word, kind) for word in words]
     return space
+
+
+def _words(text: str) -> list[str]:
+    return [part for part in re.split(r"[,\s]+", text) if part]
 
 
 def _limit(form: Form, name: str, word: str, kind: str) -> Any:

@@ -1,7 +1,7 @@
 """Where a plan's workers stand: nodes, devices and links as a drawing, with the same in words.
 
 Workers are laid out as the planner counts them: one after the other, neighbours together, tensor-parallel
-ranks innermost.
+ranks innermost; prefill workers before decode workers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,23 @@ from api.checks import NOWHERE
 from hardware import InputError, build_cluster, load_catalog
 from hardware.topology import Cluster, Pool
 from web.format import quantity
+from web.labels import devices_of, parts_of
 
 _MOST_NODES, _MOST_DEVICES = 6, 16
 _BOX, _GAP, _PAD = 50, 8, 14
+#: Colours of neighbouring workers by role; what they mean stands in the boxes as well.
+_SHADES = {"": (0, 1, 2, 3, 4, 5), "prefill": (0, 3), "decode": (1, 2)}
+_SHORT = {"": "R", "prefill": "Pre ", "decode": "Dec "}
+_KEYS = {
+    "R": "R: replica",
+    "Pre": "Pre: prefill worker",
+    "Dec": "Dec: decode worker",
+    "P": "P: pipeline stage",
+    "D": "D: attention-data rank",
+    "T": "T: tensor rank",
+}
+#: Replicas of a worker that stand in one pool, with their role.
+_Member = tuple[Mapping[str, Any], int, str]
 
 
 def placements(plan: Mapping[str, Any], request: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -26,16 +40,10 @@ def placements(plan: Mapping[str, Any], request: Mapping[str, Any]) -> list[dict
     cluster = _cluster(request)
     if cluster is None:
         return []
-    if plan.get("serving") == "disaggregated":
-        groups = [
-            (plan[role]["worker"], plan[role].get("replicas", 1), role) for role in ("prefill", "decode")
-        ]
-    else:
-        groups = [(plan.get("worker") or {}, plan.get("replicas", 1), "")]
-    used: dict[str, list[tuple[Mapping[str, Any], int, str]]] = {}
-    for worker, replicas, role in groups:
-        name = worker.get("pool") or cluster.pools[0].name
-        used.setdefault(name, []).append((worker, replicas, role))
+    used: dict[str, list[_Member]] = {}
+    for role, part in parts_of(plan):
+        worker = part.get("worker") or {}
+        used.setdefault(_pool_of(part, cluster), []).append((worker, part.get("replicas", 1), role))
     found = []
     for name, members in used.items():
         try:
@@ -44,6 +52,28 @@ def placements(plan: Mapping[str, Any], request: Mapping[str, Any]) -> list[dict
             continue
         found.append(_drawing(pool, members))
     return found
+
+
+def handover_words(plan: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    """The way of KV caches from prefill to decode workers: that between the plan's first and last device."""
+    cluster, parts = _cluster(request), [part for role, part in parts_of(plan) if role]
+    if cluster is None or len(parts) != 2:
+        return ""
+    first, second = parts
+    pools = _pool_of(first, cluster), _pool_of(second, cluster)
+    last = (devices_of(first) if pools[0] == pools[1] else 0) + devices_of(second) - 1
+    try:
+        group = cluster.point_to_point(pools[0], 0, pools[1], last)
+    except (KeyError, ValueError):
+        return ""
+    link, rate = group.intra_link, group.intra_bandwidth_bytes_per_s
+    if group.nodes > 1:
+        link, rate = group.inter_link, group.inter_bandwidth_bytes_per_s
+    return f"KV caches go from prefill to decode workers over {link}, {quantity(rate, 'B/s')} a device."
+
+
+def _pool_of(part: Mapping[str, Any], cluster: Cluster) -> str:
+    return str((part.get("worker") or {}).get("pool") or cluster.pools[0].name)
 
 
 def _cluster(request: Mapping[str, Any]) -> Cluster | None:
@@ -64,7 +94,7 @@ def _ranks(worker: Mapping[str, Any], replica: int, role: str) -> list[dict[str,
     stage = size // pipeline
     rows = []
     for index in range(size):
-        lines = [f"{role[:1].upper()}{replica + 1}" if role else f"R{replica + 1}"]
+        lines = [f"{_SHORT[role]}{replica + 1}"]
         within = index % stage
         parts = []
         if pipeline > 1:
@@ -74,23 +104,39 @@ def _ranks(worker: Mapping[str, Any], replica: int, role: str) -> list[dict[str,
         if tensor > 1 or not parts:
             parts.append(f"T{within % tensor}")
         lines.append(" ".join(parts))
-        rows.append({"lines": lines, "replica": replica, "group": (replica, role, index // tensor)})
+        shades = _SHADES[role]
+        rows.append({"lines": lines, "shade": shades[replica % len(shades)]})
     return rows
 
 
-def _drawing(pool: Pool, members: list[tuple[Mapping[str, Any], int, str]]) -> dict[str, Any]:
+def _laid_out(pool: Pool, members: list[_Member], *, whole: bool) -> list[dict[str, Any] | None]:
+    """What each device of a pool does; `whole`: workers that fit into a node stand in one, and larger ones
+    begin with one, so that the rest of a node stays empty."""
     ranks: list[dict[str, Any] | None] = []
-    told = []
     for worker, replicas, role in members:
-        size = 0
         for replica in range(replicas):
             found = _ranks(worker, replica, role)
-            size = len(found)
-            # A worker that fits into a node stands in one: the rest of a node stays empty.
             room = pool.devices_per_node - len(ranks) % pool.devices_per_node
-            if size <= pool.devices_per_node and room < size:
+            if whole and room < min(len(found), pool.devices_per_node):
                 ranks += [None] * room
             ranks += found
+    return ranks
+
+
+def _key(ranks: list[dict[str, Any] | None]) -> str:
+    """What the letters in the boxes mean, of those that are there."""
+    words = [text for rank in ranks if rank for line in rank["lines"] for text in line.split()]
+    used = {word.rstrip("0123456789") for word in words}
+    return ", ".join(meaning for short, meaning in _KEYS.items() if short in used)
+
+
+def _drawing(pool: Pool, members: list[_Member]) -> dict[str, Any]:
+    ranks = _laid_out(pool, members, whole=True)
+    if len(ranks) > pool.devices:
+        ranks = _laid_out(pool, members, whole=False)
+    told = []
+    for worker, replicas, role in members:
+        size = len(_ranks(worker, 0, role))
         words = f"{replicas} {role + ' ' if role else ''}{'worker' if replicas == 1 else 'workers'}"
         told.append(f"{words} of {size} {'device' if size == 1 else 'devices'}")
     nodes_used = max(1, -(-len(ranks) // pool.devices_per_node))
@@ -120,7 +166,8 @@ def _drawing(pool: Pool, members: list[tuple[Mapping[str, Any], int, str]]) -> d
         words += f" Nodes are joined by {pool.scale_out.name}, {network} a device."
     ident = f"place-{escape(pool.name, quote=True)}".replace(" ", "-")
     parts = [
-        f'<svg class="chart place" viewBox="0 0 {total_width} {total_height}" role="img" '
+        f'<svg class="chart place" width="{1.2 * total_width:.0f}" '
+        f'viewBox="0 0 {total_width} {total_height}" role="img" '
         f'aria-labelledby="{ident}-t {ident}-d" xmlns="http://www.w3.org/2000/svg">'
         f'<title id="{ident}-t">Placement</title><desc id="{ident}-d">{escape(words)}</desc>'
     ]
@@ -143,8 +190,8 @@ def _drawing(pool: Pool, members: list[tuple[Mapping[str, Any], int, str]]) -> d
     return {
         "pool": pool.name,
         "words": words,
+        "key": _key(ranks),
         "chart": Markup("".join(parts)),
-        "small": total_width < 420,
         "left_out": left_out if left_out > 0 else 0,
     }
 
@@ -179,7 +226,7 @@ def _node(
         rank = ranks[index] if index < len(ranks) else None
         if joined:
             parts.append(f'<path class="link" d="M{x + _BOX // 2} {y + _BOX}V{bus}"/>')
-        css = f"dev rep-{rank['replica'] % 6}" if rank else "dev unused"
+        css = f"dev rep-{rank['shade']}" if rank else "dev unused"
         tip = f"device {index}: {' '.join(rank['lines'])}" if rank else f"device {index}: not used"
         parts.append(
             f'<rect class="{css}" x="{x}" y="{y}" width="{_BOX}" height="{_BOX}" rx="6">'

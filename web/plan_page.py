@@ -5,56 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hardware import InputError
-from planner.exports import TARGETS, export_result
 from planner.objectives import OBJECTIVES
 from web import reasons
+from web.exports import exports_of
 from web.format import number, percent, quantity
-from web.placement import placements
-from web.view import (
-    AXES,
-    batching_words,
-    kind_of,
-    objective_of,
-    plan_label,
-    plan_view,
-    reason_of,
-    sources_of,
-    targets_of,
-    tiles,
-)
-
-TARGET_WORDS = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "trtllm": "TensorRT-LLM",
-    "kubernetes": "Kubernetes",
-    "dynamo": "Dynamo",
-    "rayserve": "Ray Serve",
-}
-
-
-def exports_of(result: Mapping[str, Any], plan_id: str) -> list[dict[str, Any]]:
-    """Every target's text, or why it cannot have one; the plan's own engine first."""
-    engine = result["request"].get("engine", {}).get("name", "vllm")
-    found = []
-    for target in sorted(TARGETS, key=lambda name: name != engine):
-        try:
-            artifact = export_result(result, plan_id, target)
-        except InputError as error:
-            found.append({"target": target, "words": TARGET_WORDS.get(target, target), "text": "",
-                          "notes": (), "problem": error.message})  # fmt: skip
-            continue
-        found.append(
-            {
-                "target": target,
-                "words": TARGET_WORDS.get(target, target),
-                "text": artifact.text(),
-                "notes": artifact.notes,
-                "problem": "",
-            }
-        )
-    return found
+from web.labels import batching_words, plan_label
+from web.placement import handover_words, placements
+from web.timeline import why_no_timeline
+from web.view import AXES, kind_of, objective_of, plan_view, reason_of, sources_of, targets_of, tiles
 
 
 def plan_page_view(result: Mapping[str, Any], plan_id: str) -> dict[str, Any]:
@@ -69,7 +27,6 @@ def plan_page_view(result: Mapping[str, Any], plan_id: str) -> dict[str, Any]:
     kind = kind_of(entry, front, chosen_id, result["status"] != "ok")
     metrics = entry["metrics"]
     names = [name for name in request.get("objectives", ()) if name in OBJECTIVES]
-    exports = exports_of(result, plan_id)
     return {
         **plan_view(entry, request),
         "kind": kind,
@@ -81,8 +38,9 @@ def plan_page_view(result: Mapping[str, Any], plan_id: str) -> dict[str, Any]:
         "objectives": [AXES[name] for name in names],
         "own": [quantity(objective_of(name, metrics), OBJECTIVES[name].unit) for name in names],
         "placements": placements(entry["plan"], request),
-        "exports": exports,
-        "command": exports[0],
+        "handover": handover_words(entry["plan"], request),
+        "exports": exports_of(entry["plan"], request),
+        "no_timeline": why_no_timeline(entry["plan"]),
         "sources": sources_of(result["provenance"].get("cost_models") or ()),
         "provenance": result["provenance"],
         "intervals": _intervals(entry),

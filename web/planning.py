@@ -17,6 +17,7 @@ from web.fields import fields_of, rest_paths
 from web.format import billions, count, quantity
 from web.forms import (
     MAX_POOLS,
+    NO_TICK,
     OBJECTIVE_NAMES,
     POOL_DEFAULTS,
     SPACE,
@@ -31,6 +32,7 @@ from web.forms import (
     text_of,
     without_config,
 )
+from web.labels import SERVING
 from web.page import html, principal_of, runs_of, sent, service_of, stored
 from web.pages import render
 from web.preview import preview
@@ -65,7 +67,9 @@ async def _choices(request: Request, form: Form) -> dict[str, Any]:
         "devices": [_device_words(row) for row in await service.catalog("devices")],
         "networks": [(name, name) for name in sorted(catalog.links) if name.startswith(_NETWORKS)],
         "objectives": [(name, _words(name)) for name in OBJECTIVE_NAMES],
-        "space_fields": [(name, words, kind) for name, (words, kind) in SPACE.items()],
+        "space_fields": [(name, words, kind) for name, (words, kind) in SPACE.items() if kind != "choice"],
+        "servings": SERVING,
+        "no_tick": NO_TICK,
         "statistics": STATISTICS,
         "traces": traces,
         "most_pools": MAX_POOLS,

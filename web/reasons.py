@@ -10,7 +10,8 @@ from planner.engines import load_profile
 from planner.explain import too_close
 from planner.objectives import OBJECTIVES
 from web.format import count, number, percent, quantity
-from web.view import AXES, LATENCIES, batching_words, objective_of, plan_label
+from web.labels import batching_words, parts_of, plan_label
+from web.view import AXES, LATENCIES, objective_of
 
 _TIME_WORDS = {
     "gemm": "matrix products",
@@ -142,18 +143,27 @@ def limits(result: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
             f"It is nearer to the limit of {bound_by}: {percent(mbu, 2)} of the bandwidth and "
             f"{percent(mfu, 2)} of the arithmetic are used on average."
         )
-    memory = entry.get("memory_bytes_per_device") or {}
-    if memory.get("capacity"):
-        share = float(memory.get("kv_cache", 0.0)) / float(memory["capacity"])
-        found.append(
-            f"The KV cache has {quantity(memory.get('kv_cache'), 'B')} of each device, {percent(share, 2)} "
-            "of its memory."
-        )
+    caches = _caches(entry)
+    if caches:
+        found.append(f"The KV cache has {' and '.join(caches)}.")
     if metrics.get("preemptions"):
         found.append(
             f"{number(metrics['preemptions'])} preemptions: the KV cache ran full; fewer sequences at once "
             "or more memory would avoid them."
         )
+    return found
+
+
+def _caches(entry: Mapping[str, Any]) -> list[str]:
+    """What the KV cache has of a device, kind of workers by kind."""
+    found = []
+    for role, _ in parts_of(entry["plan"]):
+        memory = entry.get(f"{'prefill_' if role == 'prefill' else ''}memory_bytes_per_device") or {}
+        if memory.get("capacity"):
+            held = float(memory.get("kv_cache", 0.0))
+            whose = f"each {role} device" if role else "each device"
+            share = percent(held / float(memory["capacity"]), 2)
+            found.append(f"{quantity(held, 'B')} of {whose} ({share} of its memory)")
     return found
 
 

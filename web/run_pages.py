@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import csv
-import io
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -17,7 +15,6 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from markupsafe import Markup
-from starlette.responses import Response
 
 from api.desk import Desk
 from api.errors import ApiError
@@ -31,13 +28,14 @@ from planner.objectives import OBJECTIVES
 from web import charts
 from web.chart_data import chart_data
 from web.format import count, money, number, quantity, times
+from web.labels import DISAGGREGATED, SERVING, plan_label, serving_of, servings_of
 from web.page import back_to, html, principal_of, runs_of, sent_fields
 from web.pages import render
 from web.plan_page import plan_page_view
 from web.run_view import result_page_view
-from web.study_view import study_command, study_rows, study_view
+from web.study_view import study_command, study_view
 from web.timeline import timeline
-from web.view import AXES, commands, plan_label, request_yaml
+from web.view import AXES, commands, request_yaml
 
 router = APIRouter(include_in_schema=False)
 _PAGE = 25
@@ -90,7 +88,7 @@ def machines(request: Mapping[str, Any]) -> str:
     for pool in request["cluster"]["pools"]:
         each = pool.get("devices_per_node")
         nodes = pool.get("nodes", 1)
-        n = f"{nodes * each} × " if each else (f"{nodes} nodes of " if nodes > 1 else "")
+        n = f"{nodes * each}\u00a0×\u00a0" if each else (f"{nodes} nodes of " if nodes > 1 else "")
         words.append(f"{n}{pool.get('device') or pool.get('topology')}")
     return " + ".join(words)
 
@@ -253,11 +251,13 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
     done = (progress["considered"] if progress else 0) / max(1, progress["space_size"] if progress else 1)
     spent = (progress["elapsed_s"] if progress else 0.0) / budget_s
     x, y = _live_axes(asked.get("objectives", []))
+    mixed = len(servings_of(plan["plan"] for plan in incumbents)) > 1
     points = [
         {
             "x": _of_incumbent(plan, x),
             "y": _of_incumbent(plan, y),
             "kind": "front" if plan["meets_slo"] else "misses",
+            "square": mixed and serving_of(plan["plan"]) == DISAGGREGATED,
             "label": plan_label(plan["plan"], asked),
         }
         for plan in incumbents
@@ -279,6 +279,7 @@ async def _live(request: Request, run: Mapping[str, Any]) -> dict[str, Any]:
         "budget": quantity(budget_s, "s"),
         "chart": Markup(svg),
         "axes": (AXES[x], AXES[y]),
+        "mixed": mixed,
         "plans": [
             {
                 "id": plan["plan_id"],
@@ -366,6 +367,9 @@ def _choice(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if asked.get("weights"):
         rows = [row for row in rows if row["weights"] == asked["weights"]]
+    serving = asked.get("serving", "") if asked.get("serving") in SERVING else ""
+    if serving:
+        rows = [row for row in rows if row["serving"] == serving]
     page = int(asked["page"]) if asked.get("page", "").isdigit() and len(asked["page"]) < 6 else 1
     size = 50
     pages = max(1, -(-len(rows) // size))
@@ -373,6 +377,7 @@ def _choice(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "show": show,
         "weights": asked.get("weights", ""),
+        "serving": serving,
         "page": page,
         "pages": pages,
         "total": len(rows),
@@ -497,70 +502,3 @@ async def annotate(request: Request, run_id: str) -> RedirectResponse:
     changes = {name: fields[name] for name in ("label", "notes") if name in fields}
     await runs_of(request).change(run_id, changes, principal_of(request), None)
     return back_to(f"/runs/{run_id}")
-
-
-# --- downloads -------------------------------------------------------------------------------------
-
-
-@router.get("/runs/{run_id}/files/{name}")
-async def download(request: Request, run_id: str, name: str) -> Response:
-    """A run as a file: `result.json`, `plans.csv` (`points.csv`, `replicas.csv`), `request.yaml`."""
-    runs = runs_of(request)
-    run = await runs.get(run_id)
-    kind = run["kind"]
-    headers = {"Content-Disposition": f'attachment; filename="planfront-{run_id[:12]}-{name}"'}
-    if name == "request.yaml":
-        asked = json.loads(run["request"])
-        text = request_yaml(asked["request"] if kind == SWEEP else asked)
-        return Response(text, media_type="application/yaml", headers=headers)
-    if name not in ("result.json", TABLES[kind]):
-        raise ApiError(404, f"There are result.json, {TABLES[kind]} and request.yaml.")
-    result = await (result_of(request, run_id) if kind == PLAN else runs.plain_result(run_id))
-    if name == "result.json":
-        return Response(
-            json.dumps(result, indent=1, allow_nan=False), media_type="application/json", headers=headers
-        )
-    rows = _plan_rows(result) if kind == PLAN else study_rows(kind, result)
-    text = await asyncio.to_thread(_csv, rows)
-    return Response(text, media_type="text/csv; charset=utf-8", headers=headers)
-
-
-def plans_csv(result: Mapping[str, Any]) -> str:
-    """All simulated plans, one a line, in SI units, the header naming plan settings and metrics by path."""
-    return _csv(_plan_rows(result))
-
-
-def _plan_rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    front = set(result["front"])
-    for entry in result["plans"]:
-        yield {
-            "id": entry["id"],
-            "on_front": entry["id"] in front,
-            "meets_slo": entry["meets_slo"],
-            "plan": entry["plan"],
-            **entry["metrics"],
-            "memory_bytes_per_device": entry["memory_bytes_per_device"],
-        }
-
-
-def _csv(lines: Iterable[Mapping[str, Any]]) -> str:
-    rows = [_flat(line, "") for line in lines]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, restval="")
-    writer.writeheader()
-    for row in rows:
-        # A cell that begins like a formula is one for spreadsheets.
-        writer.writerow({k: f"'{v}" if isinstance(v, str) and v[:1] in "=+-@" else v for k, v in row.items()})
-    return out.getvalue()
-
-
-def _flat(value: Mapping[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        name = f"{path}.{key}" if path else str(key)
-        if isinstance(inner, Mapping):
-            found |= _flat(inner, name)
-        elif inner is not None:
-            found[name] = inner
-    return found

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hardware import InputError
 from planner.explain import miss_distance, nearest_ways
-from planner.exports import export_result
 from planner.objectives import OBJECTIVES
 from web import reasons
+from web.exports import engine_of, export_view
 from web.format import MISSING, count, quantity
+from web.labels import batching_of, batching_words, plan_label, serving_of, servings_of, weights_of
 from web.view import (
     AXES,
     MAX_NEAREST,
-    batching_of,
-    batching_words,
+    is_mixed,
     kind_of,
     misses_words,
     objective_cells,
     objective_of,
-    plan_label,
     reason_of,
     rejected_of,
     request_yaml,
@@ -57,14 +55,14 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
     rows = []
     for entry in result["plans"]:
         kind = kind_of(entry, front, chosen_id, not feasible)
-        worker = entry["plan"].get("worker") or (entry["plan"].get("decode") or {}).get("worker") or {}
         rows.append(
             {
                 "id": entry["id"],
                 "label": plan_label(entry["plan"], request),
                 "kind": kind,
                 "words": _KIND_WORDS[kind],
-                "weights": str((worker.get("quantization") or {}).get("weights") or ""),
+                "weights": weights_of(entry["plan"]),
+                "serving": serving_of(entry["plan"]),
                 "batching": batching_of(entry["plan"]),
                 "cells": objective_cells(names, entry["metrics"]),
                 "ttft": quantity((entry["metrics"].get("ttft_s") or {}).get("p95"), "s"),
@@ -83,13 +81,6 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
         near = {entry["id"] for entry in nearest_ways(result["plans"], MAX_NEAREST)}
         for row in rows:
             row["kind"] = "nearest" if row["id"] in near and row["kind"] == "misses" else row["kind"]
-    command, command_problem = "", ""
-    if chosen:
-        try:
-            engine = request.get("engine", {}).get("name", "vllm")
-            command = export_result(result, chosen_id, engine).text()
-        except InputError as error:
-            command_problem = error.message
     return {
         "feasible": feasible,
         "reason": reason_of(result, chosen),
@@ -102,6 +93,8 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
         "scatters": scatters(result, names, chosen_id),
         "rows": rows,
         "formats": sorted({row["weights"] for row in rows if row["weights"]}),
+        "servings": servings_of(entry["plan"] for entry in result["plans"]),
+        "mixed": is_mixed(result),
         "front_count": len(result["front"]),
         "rivals": reasons.rivals(result, chosen) if chosen and feasible else [],
         "limits": reasons.limits(result, chosen) if chosen else [],
@@ -116,8 +109,7 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
         "provenance": result["provenance"],
         "sources": sources_of(result["provenance"].get("cost_models") or ()),
         "yaml": request_yaml(request),
-        "command": command,
-        "command_problem": command_problem,
+        "command": export_view(chosen["plan"], request, engine_of(request)) if chosen else None,
         "sliders": _sliders(result),
     }
 

@@ -12,10 +12,10 @@ from markupsafe import Markup
 from api.asked import studied_plan
 from api.kinds import FLEET, SWEEP
 from hardware import InputError
-from planner.exports import export_plan
 from web import charts
+from web.exports import engine_of, export_view
 from web.format import count, number, percent, quantity, times
-from web.view import plan_label
+from web.labels import plan_label
 
 
 def vary_words(path: str) -> str:
@@ -55,13 +55,16 @@ def study_command(kind: str, request: Mapping[str, Any]) -> str:
     return f"planfront sweep request.yaml --vary {shlex.quote(request['vary'])} --values {values}"
 
 
-def _deploy(kind: str, answer: Mapping[str, Any], plan_id: str, model: str | None = None) -> str:
-    """The command that starts a plan of the answer; empty where the engine version's flags are not known."""
+def _deploy(
+    kind: str, answer: Mapping[str, Any], plan_id: str, model: str | None = None
+) -> dict[str, Any] | None:
+    """What starts a plan of the answer; None where the engine version's flags are not known."""
     try:
         plan, request = studied_plan(kind, answer, plan_id, model)
-        return export_plan(plan, request, (request.get("engine") or {}).get("name", "vllm")).text()
     except (InputError, LookupError):
-        return ""
+        return None
+    shown = export_view(plan, request, engine_of(request))
+    return shown if shown["files"] else None
 
 
 def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +92,7 @@ def _sweep_view(answer: Mapping[str, Any]) -> dict[str, Any]:
                 "reason": point.get("reason", ""),
                 "command": _deploy(SWEEP, answer, point["plan_id"])
                 if point.get("plan") and before != point["plan_id"]
-                else "",
+                else None,
             }
         )
         before = point["plan_id"]

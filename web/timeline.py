@@ -19,8 +19,13 @@ from planner.request import parse_plan
 from planner.simulator.simulate import simulate
 from web import charts
 from web.format import count, percent, quantity
+from web.labels import DISAGGREGATED, serving_of
 
 _POINTS = 120
+_NO_PAIRS = (
+    "Queues over time are drawn for aggregated plans only so far. Everything else on this plan’s page counts "
+    "both its prefill workers and its decode workers."
+)
 _own = threading.local()
 
 
@@ -33,13 +38,21 @@ def _planner() -> Any:
     return _own.planner
 
 
+def why_no_timeline(plan: Mapping[str, Any]) -> str:
+    """Why a plan cannot be drawn over time, as a sentence for people; "" for one that can."""
+    return _NO_PAIRS if serving_of(plan) == DISAGGREGATED else ""
+
+
 def timeline(request: Mapping[str, Any], plan: Mapping[str, Any], runs: Runs) -> dict[str, Any]:
     """Charts of a plan of a request over time, with the same as a small table. Blocks: for a thread.
 
-    Raises InputError for a plan that cannot be simulated any more (its trace was deleted).
+    A plan that cannot be drawn has `why` in place of charts. Raises InputError for a plan that cannot be
+    simulated any more (its trace was deleted).
     """
     from api.kinds import UPLOAD_PREFIX
 
+    if why := why_no_timeline(plan):
+        return {"charts": [], "rows": [], "why": why}
     planner = _planner()
     planner.uploads = {}
     with ExitStack() as stack:
@@ -79,7 +92,7 @@ def timeline(request: Mapping[str, Any], plan: Mapping[str, Any], runs: Runs) ->
 
 def _view(rows: np.ndarray[Any, np.dtype[np.float64]], kv_blocks: int) -> dict[str, Any]:
     if len(rows) < 2:
-        return {"charts": [], "rows": []}
+        return {"charts": [], "rows": [], "why": "The simulation is too short to draw."}
     end = float(rows[:, 1].max())
     grid = np.linspace(0.0, end, _POINTS)
     running, waiting, blocks = np.zeros(_POINTS), np.zeros(_POINTS), np.zeros(_POINTS)
@@ -111,4 +124,4 @@ def _view(rows: np.ndarray[Any, np.dtype[np.float64]], kv_blocks: int) -> dict[s
         drawn.append({"title": words, "words": facts, "chart": Markup(svg)})
         quarters = [float(part.mean()) for part in np.array_split(values, 4)]
         table.append({"words": words, "cells": [shown(value) for value in quarters]})
-    return {"charts": drawn, "rows": table}
+    return {"charts": drawn, "rows": table, "why": ""}

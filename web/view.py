@@ -1,4 +1,4 @@
-"""A result as a page shows it: labels, rows and charts made of the result's own numbers.
+"""A result as a page shows it: rows and charts made of the result's own numbers (names: `web.labels`).
 
 Nothing about plans is computed again here; what is not in the result is not shown.
 """
@@ -17,7 +17,20 @@ from planner.explain import nearest_ways
 from planner.objectives import OBJECTIVES
 from web import charts
 from web.format import MISSING, count, interval, number, percent, quantity
+from web.labels import (
+    DISAGGREGATED,
+    batching_of,
+    batching_words,
+    devices_of,
+    parts_of,
+    plan_label,
+    serving_of,
+    servings_of,
+    settings_table,
+)
 
+#: What stands behind operators whose names are no words.
+_OPERATORS = {"kv_transfer": "KV transfer"}
 #: Plans shown with all their details below the front's table; the rest stands in the table only.
 MAX_DETAILS = 24
 #: Plans listed of an infeasible answer.
@@ -50,72 +63,6 @@ SHORT = {"latency": "E2E latency", "ttft": "TTFT p95", "tpot": "TPOT p95", "thro
 AXES = {"latency": "Mean end-to-end latency", "ttft": "TTFT p95", "tpot": "TPOT p95",
          "throughput": "Output throughput", "energy": "Energy per output token",
          "memory": "Peak device memory, all devices", "cost": "Cost per million output tokens"}  # fmt: skip
-
-
-# --- plans in words ----------------------------------------------------------------------------
-
-
-def plan_label(plan: Mapping[str, Any], request: Mapping[str, Any] | None = None) -> str:
-    """A plan's short name: `2 × TP4, fp8` or `1 × TP4 prefill + 2 × TP2 decode`.
-
-    With its request it also says where, if there are several pools: `2 × TP4, fp8 on l40s`.
-    """
-    places = _places(request or {})
-    if plan.get("serving") == "disaggregated":
-        parts = [_worker_label(plan[role], places, role) for role in ("prefill", "decode")
-                 if isinstance(plan.get(role), Mapping)]  # fmt: skip
-        return " + ".join(parts)
-    return _worker_label(plan, places)
-
-
-def _places(request: Mapping[str, Any]) -> dict[str, str]:
-    """What tells the pools of a request apart: their devices, or their names; nothing for a single pool."""
-    pools = (request.get("cluster") or {}).get("pools") or ()
-    if len(pools) < 2:
-        return {}
-    devices = [pool.get("device") for pool in pools]
-    apart = all(devices) and len(set(devices)) == len(devices)
-    return {pool["name"]: pool["device"] if apart else pool["name"] for pool in pools if "name" in pool}
-
-
-def _worker_label(part: Mapping[str, Any], places: Mapping[str, str], role: str = "") -> str:
-    worker, replicas = part.get("worker") or {}, part.get("replicas", 1)
-    degrees = worker.get("parallelism") or {}
-    names = {"tensor": "TP", "pipeline": "PP", "attention_data": "ADP", "expert": "EP", "context": "CP"}
-    shape = " ".join(
-        f"{short}{degrees[name]}"
-        for name, short in names.items()
-        if name in degrees and (degrees[name] > 1 or name == "tensor")
-    )
-    formats = worker.get("quantization") or {}
-    text = f"{replicas} × {shape or 'TP1'}"
-    if formats.get("weights"):
-        text += f", {formats['weights']}"
-    if formats.get("kv_cache") and formats["kv_cache"] != "bf16":
-        text += f", {formats['kv_cache']} KV"
-    if worker.get("gpu_clock_hz"):
-        text += f", {worker['gpu_clock_hz'] / 1e6:.0f} MHz"
-    if role:
-        text += f" {role}"
-    place = places.get(worker.get("pool", ""))
-    return f"{text} on {place}" if place else text
-
-
-def plan_settings(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, value) of everything a plan states, in reading order, dotted as in its file."""
-    rows: list[tuple[str, str]] = []
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(inner, f"{path}.{key}" if path else str(key))
-        elif value is not None:
-            whole = isinstance(value, float) and value.is_integer()
-            text = f"{value:.0f}" if whole else str(value)
-            rows.append((path, ("yes" if value else "no") if isinstance(value, bool) else text))
-
-    walk(plan, "")
-    return [(name.removeprefix("worker."), text) for name, text in rows]
 
 
 # --- one plan --------------------------------------------------------------------------------
@@ -222,31 +169,52 @@ def plan_view(entry: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str,
     """Everything a page shows of one plan."""
     slo = request.get("slo") or {}
     metrics, ident = entry["metrics"], f"p-{entry['id']}"
-    memory = entry.get("memory_bytes_per_device") or {}
     return {
         "id": entry["id"],
         "label": plan_label(entry["plan"], request),
         "batching": batching_words(entry["plan"]),
-        "settings": plan_settings(entry["plan"]),
+        "serving": serving_of(entry["plan"]),
+        "settings": settings_table(entry["plan"]),
         "yaml": yaml.safe_dump({"plan": entry["plan"]}, sort_keys=False, allow_unicode=True),
         "meets": entry["meets_slo"],
         "misses": misses_words(entry),
-        "facts": facts_of(metrics),
-        "memory": bar_of(memory, MEMORY, "B", "Memory of one device", f"{ident}-mem"),
-        "capacity": quantity(memory.get("capacity"), "B"),
-        "time": bar_of(
-            entry.get("breakdown_s") or {}, TIME, "s", "Where the time of a device goes", f"{ident}-time"
-        ),
-        "makespan": quantity(metrics.get("makespan_s"), "s"),
+        "facts": facts_of(metrics, entry["plan"]),
+        "memory": memory_bars(entry, ident),
+        "time": time_bar(entry, ident),
         "latency": latency_of(entry, slo, ident),
     }
 
 
-def facts_of(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+def memory_bars(entry: Mapping[str, Any], ident: str) -> list[dict[str, Any]]:
+    """Memory of one device; of a disaggregated plan that of a device of each kind of workers."""
+    held = {
+        "": entry.get("memory_bytes_per_device") or {},
+        "prefill": entry.get("prefill_memory_bytes_per_device") or {},
+        "decode": entry.get("memory_bytes_per_device") or {},
+    }
+    bars = []
+    for role, _ in parts_of(entry["plan"]):
+        title = f"Memory of a {role} worker’s device" if role else "Memory of one device"
+        bar = bar_of(held[role], MEMORY, "B", title, f"{ident}-mem{f'-{role}' if role else ''}")
+        bars.append(bar | {"note": f"{quantity(held[role].get('capacity'), 'B')} a device"})
+    return bars
+
+
+def time_bar(entry: Mapping[str, Any], ident: str) -> dict[str, Any]:
+    """Where the time goes."""
+    title = "Where the time of a device goes"
+    if serving_of(entry["plan"]) == DISAGGREGATED:
+        title += ", mean of all workers"
+    bar = bar_of(entry.get("breakdown_s") or {}, TIME, "s", title, f"{ident}-time")
+    return bar | {"note": f"of {quantity(entry['metrics'].get('makespan_s'), 's')} of serving"}
+
+
+def facts_of(metrics: Mapping[str, Any], plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of the plain metrics."""
     get = metrics.get
+    apart = ", ".join(f"{count(devices_of(part))} {role}" for role, part in parts_of(plan) if role)
     return [
-        ("Devices", count(get("devices"))),
+        ("Devices", f"{count(get('devices'))} ({apart})" if apart else count(get("devices"))),
         ("Output throughput", quantity(get("output_tokens_per_s"), "tok/s")),
         ("Output throughput per device", quantity(get("output_tokens_per_s_per_device"), "tok/s")),
         ("Requests completed", quantity(get("requests_per_s"), "req/s")),
@@ -274,6 +242,7 @@ def scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> li
     others = list(names[1:3]) or ["cost" if first != "cost" else "latency"]
     front = set(result["front"])
     infeasible = result["status"] != "ok"
+    mixed = is_mixed(result)
     found = []
     for other in others:
         points = [
@@ -281,6 +250,7 @@ def scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> li
                 "x": objective_of(first, entry["metrics"]),
                 "y": objective_of(other, entry["metrics"]),
                 "kind": kind_of(entry, front, chosen, infeasible),
+                "square": mixed and serving_of(entry["plan"]) == DISAGGREGATED,
                 "label": f"{plan_label(entry['plan'], result['request'])}: "
                 + ", ".join(
                     f"{SHORT[name]} {quantity(objective_of(name, entry['metrics']), OBJECTIVES[name].unit)}"
@@ -293,6 +263,9 @@ def scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> li
         told = ", ".join(
             f"{counts[kind]} {words.lower()}" for kind, words in charts.KINDS.items() if counts[kind]
         )
+        if mixed:
+            squares = sum(bool(point["square"]) for point in points)
+            told += f"; {squares} of all are disaggregated, drawn as squares"
         axes = [
             {
                 "label": AXES[name],
@@ -313,6 +286,11 @@ def scatters(result: Mapping[str, Any], names: Sequence[str], chosen: str) -> li
         if svg:
             found.append({"title": title, "chart": Markup(svg)})
     return found
+
+
+def is_mixed(result: Mapping[str, Any]) -> bool:
+    """Whether the plans of a result serve in more than one way; charts then tell them apart by shape."""
+    return len(servings_of(entry["plan"] for entry in result["plans"])) > 1
 
 
 def kind_of(entry: Mapping[str, Any], front: set[str], chosen: str, infeasible: bool) -> str:
@@ -454,7 +432,7 @@ def sources_of(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
             "source": source,
             "kind": kind,
             "device": device,
-            "operators": ", ".join(n.replace("_", " ") for n in names),
+            "operators": ", ".join(_OPERATORS.get(n, n.replace("_", " ")) for n in names),
         }
         for (source, kind, device), names in groups.items()
     ]
@@ -504,6 +482,8 @@ def result_view(result: Mapping[str, Any], base_url: str = "http://127.0.0.1:800
         "targets": targets_of(slo, chosen),
         "objectives": [{"name": AXES[name], "maximise": OBJECTIVES[name].maximise} for name in names],
         "scatters": scatters(result, names, chosen_id),
+        "mixed": is_mixed(result),
+        "servings": servings_of(entry["plan"] for entry in result["plans"]),
         "front": [
             {
                 "id": entry["id"],
@@ -539,24 +519,7 @@ def _pool_words(pool: Mapping[str, Any]) -> str:
         return f"{pool.get('name', 'pool')} (topology file)"
     if each is None:
         return f"{nodes} {'node' if nodes == 1 else 'nodes'} of {device}"
-    return f"{nodes * each} × {device}" + (f" in {nodes} nodes" if nodes > 1 else "")
-
-
-def batching_of(plan: Mapping[str, Any]) -> str:
-    """Sequences at once and tokens in a batch, as `256 / 8,192`."""
-    return " / ".join(_batching(plan))
-
-
-def batching_words(plan: Mapping[str, Any]) -> str:
-    """The same where no heading says which is which; plans of one label often differ in this alone."""
-    sequences, tokens = _batching(plan)
-    return f"{sequences} sequences, {tokens} tokens a step"
-
-
-def _batching(plan: Mapping[str, Any]) -> tuple[str, str]:
-    worker = plan.get("worker") or (plan.get("decode") or {}).get("worker") or {}
-    batching = worker.get("batching") or {}
-    return count(batching.get("max_num_seqs")), count(batching.get("max_num_batched_tokens"))
+    return f"{nodes * each}\u00a0×\u00a0{device}" + (f" in {nodes} nodes" if nodes > 1 else "")
 
 
 def rejected_of(rows: Sequence[Mapping[str, Any]], request: Mapping[str, Any]) -> list[dict[str, Any]]:

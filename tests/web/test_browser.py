@@ -46,6 +46,23 @@ def address(service: tuple[str, Any]) -> str:
     return service[0]
 
 
+#: Every plan is simulated here, so that some of both ways to serve are there.
+BOTH = SMALL.replace(
+    "space: {", "space: {serving: [aggregated, disaggregated], weights: [bf16], kv_cache: [bf16], "
+).replace("objectives: [latency, energy, cost]", "objectives: [energy, tpot]")
+
+
+@pytest.fixture(scope="session")
+def both_ways(browser: Any, address: str) -> str:
+    """The address of a run with aggregated and disaggregated plans."""
+    context = browser.new_context()
+    page = context.new_page()
+    url = asked(page, address, BOTH)
+    page.wait_for_selector("#explorer", timeout=40_000)
+    context.close()
+    return url
+
+
 class Watched:
     """A page that notes what it should not: errors, foreign addresses; and what it fetched."""
 
@@ -146,6 +163,61 @@ def test_chart_and_table_point_at_each_other(page: Any, finished: str) -> None:
     with page.expect_navigation():
         page.keyboard.press("Enter")
     assert "/plans/" in page.url
+
+
+def test_boxes_and_yaml_say_how_to_serve(page: Any, address: str) -> None:
+    page.goto(address)
+    page.fill("#devices_per_node", "2")
+    page.check("input[value=disaggregated]")
+    page.wait_for_selector("#check:has-text('disaggregated)')")
+    assert "- disaggregated" in page.input_value("#yaml")
+    page.uncheck("input[value=disaggregated]")
+    page.uncheck("input[value=aggregated]")
+    page.wait_for_selector("#space_serving-error1")
+    page.fill("#yaml", BOTH)
+    until(page, "document.querySelectorAll('input[name=space_serving]:checked').length === 2")
+
+
+def test_ways_to_serve_differ_in_shape_and_can_be_looked_at_alone(page: Any, both_ways: str) -> None:
+    page.goto(both_ways)
+    page.wait_for_selector("#explorer[data-ready]")
+    drawn = "document.getElementById('plot')._fullData"
+    shapes = set(page.evaluate(f"{drawn}.map(t => t.marker?.symbol)"))
+    assert any(str(shape).startswith("square") for shape in shapes)
+    assert any(str(shape).startswith("circle") for shape in shapes)
+    names = page.evaluate(f"{drawn}.filter(t => t.showlegend).map(t => t.name)")
+    assert len(names) == len(set(names)), "one entry of the legend for both shapes"
+    page.select_option("#with-serving", "disaggregated")
+    until(page, f"!{drawn}.some(t => String(t.marker?.symbol).startsWith('circle'))")
+    # What is pointed at is the plan that is drawn there.
+    page.focus("#plot")
+    page.keyboard.press("ArrowRight")
+    until(page, "document.querySelector('#said a') !== null")
+    page.select_option("#serving", "disaggregated")
+    page.select_option("#show", "all")
+    page.click("button:has-text('Filter')")
+    labels = page.locator("table.plans tbody th a").all_inner_texts()
+    assert labels
+    assert all("prefill" in text and "decode" in text for text in labels)
+
+
+@pytest.mark.parametrize("way", ["result", "plan", "compare"])
+def test_long_names_of_plans_fit_a_phone(
+    looks: dict[str, Any], address: str, both_ways: str, way: str
+) -> None:
+    phone = looks["phone"]
+    phone.goto(f"{both_ways}?show=all&serving=disaggregated")
+    plans = [row.get_attribute("data-plan-id") for row in phone.locator("tr[data-plan-id]").all()[:2]]
+    run = both_ways.rpartition("/")[2]
+    if way != "result":
+        phone.goto(
+            f"{both_ways}/plans/{plans[0]}"
+            if way == "plan"
+            else f"{address}/compare?run={run}&plan={plans[0]}&plan={plans[1]}"
+        )
+    assert "decode" in phone.locator("main").inner_text()
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    assert serious(phone) == []
 
 
 def test_the_chart_becomes_pictures(page: Any, finished: str) -> None:
@@ -452,7 +524,7 @@ def test_five_thousand_plans_stay_smooth(page: Any, finished: str) -> None:
     def many(route: Any) -> None:
         data = route.fetch().json()
         times = 5000 // len(data["ids"]) + 1
-        for name in ("kind", "ids", "labels", "weights"):
+        for name in ("kind", "ids", "labels", "weights", "serving"):
             data[name] = (data[name] * times)[:5000]
         data["kind"] = [k if i < len(data["ids"]) // times else 0 for i, k in enumerate(data["kind"])]
         for part in ("values", "low", "high"):

@@ -91,6 +91,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
         },
         "search": {"method": "mcts", "budget_s": 7.5, "seed": 3},
     },
+    "both ways to serve": {**REQUEST, "space": {"serving": ["aggregated", "disaggregated"], "tensor": [1]}},
+    "prefill and decode apart": {**REQUEST, "space": {"serving": ["disaggregated"]}},
     "shaped": {
         "model": "llama-3.1-8b",
         "cluster": {"pools": [{"device": "h100-sxm-80gb"}]},

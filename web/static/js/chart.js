@@ -7,6 +7,7 @@ const axisY = document.getElementById("axis-y");
 const withDominated = document.getElementById("with-dominated");
 const withIntervals = document.getElementById("with-intervals");
 const withLog = document.getElementById("with-log");
+const withServing = document.getElementById("with-serving"); // only where plans serve in more than one way
 const DOMINATED = 0, MISSES = 1, FRONT = 2, RECOMMENDED = 3, NEAREST = 4;
 const WORDS = ["Dominated", "Misses a target", "On the front", "Recommended", "Nearest to the targets"];
 
@@ -53,20 +54,54 @@ function text(index) {
   return parts.join("<br>");
 }
 
-function trace(kinds, name, marker, extra = {}) {
-  const list = [];
-  data.kind.forEach((kind, index) => { if (kinds.includes(kind)) list.push(index); });
+// --- ways to serve: disaggregated plans are squares where the others are circles -----------------------------
+
+const SQUARES = { circle: "square", "circle-open": "square-open" };
+
+function isSquare(index) { return withServing !== null && data.servings[data.serving[index]] === "disaggregated"; }
+
+// Of the chosen way to serve.
+function chosen(index) { return !withServing?.value || data.servings[data.serving[index]] === withServing.value; }
+
+// Drawn: the recommended plan stays, to see the others beside it.
+function wanted(index) { return data.kind[index] >= RECOMMENDED || chosen(index); }
+
+// Plans of some kinds that the axes have values of.
+function plansOf(kinds) {
   const x = data.values[axisX.value], y = data.values[axisY.value];
-  const there = list.filter((i) => x[i] !== null && y[i] !== null);
-  if (extra.sorted) there.sort((a, b) => x[a] - x[b]);
-  delete extra.sorted;
+  const fits = kinds.includes(FRONT) ? chosen : wanted;
+  return data.kind.map((_, i) => i).filter((i) => kinds.includes(data.kind[i]) && fits(i) && x[i] !== null && y[i] !== null);
+}
+
+function traces(kinds, name, marker) {
+  const plans = plansOf(kinds);
+  const shapes = [[marker.symbol, plans.filter((i) => !isSquare(i))], [SQUARES[marker.symbol] ?? marker.symbol, plans.filter(isSquare)]];
+  // One entry of the legend stands for both shapes.
+  return shapes.filter(([, list]) => list.length).map(([symbol, list], n) => ({
+    ...trace(list, name, { ...marker, symbol }, kinds.some((kind) => kind >= FRONT)), legendgroup: String(kinds), showlegend: n === 0,
+  }));
+}
+
+// A line from left to right, to find the front by.
+function joined(kinds, line) {
+  const x = data.values[axisX.value], y = data.values[axisY.value];
+  const list = plansOf(kinds).sort((a, b) => x[a] - x[b]);
+  members.push([]);
+  return {
+    type: "scatter", mode: "lines", x: list.map((i) => x[i]), y: list.map((i) => y[i]), line, hoverinfo: "skip",
+    legendgroup: String(kinds), showlegend: false,
+  };
+}
+
+function trace(there, name, marker, known) {
+  const x = data.values[axisX.value], y = data.values[axisY.value];
   members.push(there);
   const found = {
     type: "scatter", mode: "markers", name,
     x: there.map((i) => x[i]), y: there.map((i) => y[i]),
-    hoverinfo: "text", text: there.map(text), marker, ...extra,
+    hoverinfo: "text", text: there.map(text), marker,
   };
-  if (withIntervals.checked && kinds.some((k) => k >= FRONT)) {
+  if (withIntervals.checked && known) {
     for (const [key, axis, values] of [["error_x", axisX.value, x], ["error_y", axisY.value, y]]) {
       if (!data.low[axis]) continue;
       found[key] = {
@@ -129,6 +164,8 @@ function layer() {
       if (!(a > -4 && b > -4 && a < wide + 4 && b < tall + 4)) { point.seen = false; continue; }
       if (kind === MISSES) {
         pen.moveTo(a - 3, b - 3); pen.lineTo(a + 3, b + 3); pen.moveTo(a - 3, b + 3); pen.lineTo(a + 3, b - 3);
+      } else if (isSquare(point.index)) {
+        pen.rect(a - 2.25, b - 2.25, 4.5, 4.5);
       } else {
         pen.moveTo(a + 2.5, b); pen.arc(a, b, 2.5, 0, 2 * Math.PI);
       }
@@ -191,7 +228,8 @@ function lines() {
 
 function range(axis) {
   // Targets far from every plan would squeeze the plans into a corner.
-  const values = data.values[axis].filter((v, i) => v !== null && (withDominated.checked || data.kind[i] >= FRONT));
+  const shown = (i) => wanted(i) && (withDominated.checked || data.kind[i] >= FRONT);
+  const values = data.values[axis].filter((v, i) => v !== null && shown(i));
   const low = Math.min(...values), high = Math.max(...values);
   const t = data.axes[axis].target;
   const top = t && t > high && t < 2 * high ? t : high;
@@ -214,7 +252,7 @@ function draw(whole = false) {
   faint = [];
   drawn = "";
   const soft = colour("--soft"), grid = colour("--grid");
-  const traces = [];
+  const all = [];
   if (withDominated.checked) {
     const beside = [
       [DOMINATED, { symbol: "circle-open", size: 5, color: colour("--mark-dominated"), opacity: 0.55, line: { width: 1 } }],
@@ -222,18 +260,18 @@ function draw(whole = false) {
     ];
     const many = !whole && data.kind.filter((kind) => kind <= MISSES).length > MANY;
     for (const [kind, marker] of beside) {
-      if (many) traces.push(hollow(kind, WORDS[kind], marker));
-      else traces.push(trace([kind], WORDS[kind], marker));
+      if (many) all.push(hollow(kind, WORDS[kind], marker));
+      else all.push(...traces([kind], WORDS[kind], marker));
     }
     if (many) {
       const x = data.values[axisX.value], y = data.values[axisY.value];
       const fits = (index) => x[index] !== null && y[index] !== null && (!withLog.checked || (x[index] > 0 && y[index] > 0));
-      data.kind.forEach((kind, index) => { if (kind <= MISSES && fits(index)) faint.push({ index, kind, x: 0, y: 0, seen: false }); });
+      data.kind.forEach((kind, index) => { if (kind <= MISSES && wanted(index) && fits(index)) faint.push({ index, kind, x: 0, y: 0, seen: false }); });
     }
   }
-  traces.push(trace([FRONT, RECOMMENDED], WORDS[FRONT], { symbol: "circle", size: 9, color: colour("--mark-front"), line: { width: 1, color: colour("--card") } },
-    { sorted: true, mode: data.objectives.length === 2 ? "lines+markers" : "markers", line: { color: colour("--mark-front"), width: 1 } }));
-  traces.push(trace([RECOMMENDED, NEAREST], data.kind.includes(NEAREST) ? WORDS[NEAREST] : WORDS[RECOMMENDED], { symbol: "diamond", size: 15, color: colour("--mark-chosen"), line: { width: 1.5, color: colour("--card") } }));
+  if (data.objectives.length === 2) all.push(joined([FRONT, RECOMMENDED], { color: colour("--mark-front"), width: 1 }));
+  all.push(...traces([FRONT, RECOMMENDED], WORDS[FRONT], { symbol: "circle", size: 9, color: colour("--mark-front"), line: { width: 1, color: colour("--card") } }));
+  all.push(...traces([RECOMMENDED, NEAREST], data.kind.includes(NEAREST) ? WORDS[NEAREST] : WORDS[RECOMMENDED], { symbol: "diamond", size: 15, color: colour("--mark-chosen"), line: { width: 1.5, color: colour("--card") } }));
   const axis = (name) => ({
     title: { text: title(name), font: { size: 13 }, standoff: 10 }, type: withLog.checked ? "log" : "linear",
     gridcolor: grid, linecolor: soft, zeroline: false, tickfont: { color: soft, size: 12 }, range: range(name), automargin: true,
@@ -247,9 +285,9 @@ function draw(whole = false) {
     xaxis: axis(axisX.value), yaxis: axis(axisY.value), shapes: lines(),
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink"), size: 13 }, align: "left" },
-    dragmode: "zoom", uirevision: `${axisX.value}|${axisY.value}|${withLog.checked}`,
+    dragmode: "zoom", uirevision: `${axisX.value}|${axisY.value}|${withLog.checked}|${withServing?.value ?? ""}`,
   };
-  return Plotly.react(plot, traces, layout, { displayModeBar: false, displaylogo: false, showSendToCloud: false, responsive: true, doubleClick: "reset" });
+  return Plotly.react(plot, all, layout, { displayModeBar: false, displaylogo: false, showSendToCloud: false, responsive: true, doubleClick: "reset" });
 }
 
 // --- one plan at a time, in the chart and in the table ---------------------------------------------------
@@ -467,7 +505,7 @@ async function start() {
     history.replaceState(null, "", address);
     draw();
   };
-  for (const control of [axisX, axisY, withDominated, withIntervals, withLog]) control.addEventListener("change", redraw);
+  for (const control of [axisX, axisY, withDominated, withIntervals, withLog, withServing]) control?.addEventListener("change", redraw);
   for (const row of document.querySelectorAll("tr[data-plan-id]")) {
     const index = data.ids.indexOf(row.dataset.planId);
     if (index < 0) continue;
