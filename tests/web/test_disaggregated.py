@@ -421,3 +421,12 @@ def test_squares_differ_from_rings_and_discs() -> None:
         # The legend shows the round one.
         assert len(re.findall(f'<circle class="m-{kind}"', svg)) == 2
         assert len(re.findall(f'<rect class="m-{kind}"', svg)) == 1
+
+
+@pytest.mark.parametrize("objectives", [["ttft", "tpot"], ["latency", "tpot"], ["latency", "cost"]])
+def test_an_objective_is_told_once_a_row(objectives: list[str]) -> None:
+    page = render_report(Planner().plan({**BOTH, "objectives": objectives}).to_dict())
+    table = page.split("Sequences / tokens</th>")[1]
+    head, row = table.split("</thead>")[0], table.split("<tr")[1].split("</tr>")[0]
+    assert head.count("TTFT p95") == head.count("TPOT p95") == 1
+    assert row.count("<td") == head.count("<th") + 1  # the batching beside what follows it
