@@ -363,7 +363,10 @@ def _choice(request: Request, shown: Mapping[str, Any]) -> dict[str, Any]:
     asked = request.query_params
     show = asked.get("show", "front")
     rows = [
-        row for row in shown["rows"] if show == "all" or row["kind"] in ("front", "recommended", "nearest")
+        row
+        for row in shown["rows"]
+        if show == "all"
+        or (row["kind"] in ("front", "recommended", "nearest") and (show == "alike" or not row["alike"]))
     ]
     if asked.get("weights"):
         rows = [row for row in rows if row["weights"] == asked["weights"]]

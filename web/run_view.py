@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from api.words import WORTH, told_apart
 from planner.explain import miss_distance, nearest_ways
 from planner.objectives import OBJECTIVES
 from web import reasons
 from web.exports import engine_of, export_view
-from web.format import MISSING, count, quantity
+from web.format import MISSING, count, percent, quantity
 from web.labels import batching_of, batching_words, plan_label, serving_of, servings_of, weights_of
 from web.view import (
     AXES,
@@ -52,6 +53,8 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
     chosen = entries.get(chosen_id)
     feasible = result["status"] == "ok"
     front = set(result["front"])
+    listed = [entries[ident] for ident in result["front"] if ident in entries]
+    apart = {entry["id"] for entry in told_apart(listed, names, chosen_id)}
     rows = []
     for entry in result["plans"]:
         kind = kind_of(entry, front, chosen_id, not feasible)
@@ -60,6 +63,7 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
                 "id": entry["id"],
                 "label": plan_label(entry["plan"], request),
                 "kind": kind,
+                "alike": kind == "front" and entry["id"] not in apart,
                 "words": _KIND_WORDS[kind],
                 "weights": weights_of(entry["plan"]),
                 "serving": serving_of(entry["plan"]),
@@ -96,6 +100,8 @@ def result_page_view(result: Mapping[str, Any]) -> dict[str, Any]:
         "servings": servings_of(entry["plan"] for entry in result["plans"]),
         "mixed": is_mixed(result),
         "front_count": len(result["front"]),
+        "alike_count": sum(1 for row in rows if row["alike"]),
+        "alike_within": percent(WORTH),
         "rivals": reasons.rivals(result, chosen) if chosen and feasible else [],
         "limits": reasons.limits(result, chosen) if chosen else [],
         "relaxations": reasons.relaxations(result) if not feasible else [],

@@ -249,6 +249,7 @@ def engine_rows() -> list[dict[str, Any]]:
                 "memory_rule": item["memory_rule"],
                 "memory_fraction": item.get("memory_fraction"),
                 "defaults_by_memory": item["tiers"],
+                "disaggregated": {"brought": item["brought"], "handed_over": item["handed_over"]},
                 "host_s": {k: v for k, v in hosts[item.get("host", engine)].items() if k != "source"},
                 "host_source": hosts[item.get("host", engine)]["source"],
                 "source": item["source"],

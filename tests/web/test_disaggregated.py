@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 
 from api.settings import Settings
 from api.store import Store, open_store
+from api.words import told_apart
 from planner import Planner
 from planner.pipeline import Spaces
 from tests.api.serving import work
@@ -29,6 +30,7 @@ from web.forms import form_of_pairs, request_of
 from web.labels import batching_words, devices_of, parts_of, plan_settings, settings_table, weights_of
 from web.placement import handover_words, placements
 from web.report import render_report
+from web.run_view import result_page_view
 from web.space import space_words
 from web.timeline import why_no_timeline
 
@@ -430,3 +432,31 @@ def test_an_objective_is_told_once_a_row(objectives: list[str]) -> None:
     head, row = table.split("</thead>")[0], table.split("<tr")[1].split("</tr>")[0]
     assert head.count("TTFT p95") == head.count("TPOT p95") == 1
     assert row.count("<td") == head.count("<th") + 1  # the batching beside what follows it
+
+
+def test_plans_that_hardly_differ_stand_once_unless_asked_for(result: dict[str, Any]) -> None:
+    """The front again with next to the same figures."""
+    twins = []
+    for ident in result["front"]:
+        entry = next(entry for entry in result["plans"] if entry["id"] == ident)
+        twin = {**entry, "id": f"{ident[:-1]}x", "metrics": {**entry["metrics"]}}
+        twin["metrics"]["energy_j_per_output_token"] *= 1.0001
+        twins.append(twin)
+    doubled = {
+        **result,
+        "plans": [*result["plans"], *twins],
+        "front": [*result["front"], *(twin["id"] for twin in twins)],
+    }
+    view = result_page_view(doubled)
+    apart = len(told_apart(twins, result["request"]["objectives"], None))
+    assert view["alike_count"] >= len(twins)
+    assert view["front_count"] - view["alike_count"] <= apart
+    assert not next(row for row in view["rows"] if row["id"] == view["chosen_id"])["alike"]
+
+
+def test_the_table_says_how_many_hardly_differ_and_shows_them(pages: TestClient, run: str) -> None:
+    short, whole = (pages.get(f"{run}?show={show}").text for show in ("front", "alike"))
+    rows = [page.count("<tr data-plan-id=") for page in (short, whole)]
+    more = re.search(r"; (\d+) more within 0\.5\s%", unescape(short))
+    assert rows[1] - rows[0] == (int(more[1]) if more else 0)
+    assert "more within" not in whole
