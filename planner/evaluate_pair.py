@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from costmodels import AtClock, Collective
+from costmodels.ops import FloatArray
 from hardware import InputError
 from planner.evaluate import Evaluation, Evaluator
 from planner.memory import MemoryPlan, kv_footprint
@@ -16,8 +17,6 @@ from planner.objectives import bound_vector
 from planner.pairs import PairPoint, Point, check
 from planner.plans import PlanPoint
 from planner.simulator import PairResult, Stage, prompts_of, simulate_pair
-
-FloatArray = Any
 
 
 class Handover(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from planner.models import ModelSpec
+from planner.plans import PlanProblem
 
 #: Vendors of whose devices an engine's hand-over by NIXL is known without a buffer on the host.
 _VENDORS = ("nvidia", "amd")
@@ -29,45 +30,38 @@ class Side(NamedTuple):
     prefix_caching: bool
 
 
-class Problem(NamedTuple):
-    """Why two kinds of workers do not go together, and the field of the plan that says so."""
-
-    field: str
-    reason: str
-
-
 def recurrent(spec: ModelSpec) -> bool:
     """Whether some layers keep a state."""
     return any(group.attention is not None and group.attention.kind in RECURRENT for group in spec.layers)
 
 
-def handover_problem(engine: str, spec: ModelSpec, prefill: Side, decode: Side) -> Problem | None:
+def handover_problem(engine: str, spec: ModelSpec, prefill: Side, decode: Side) -> PlanProblem | None:
     """Why the engine cannot hand this model's cache over between these workers, or None."""
     if prefill.kv_cache != decode.kv_cache:
-        return Problem(
+        return PlanProblem(
             "decode.worker.quantization.kv_cache",
             f"both kinds of workers must keep the cache in one format, not prefill workers in "
             f"{prefill.kv_cache} and decode workers in {decode.kv_cache}",
         )
     for role, side in (("prefill", prefill), ("decode", decode)):
         if side.vendor not in _VENDORS:
-            return Problem(
+            return PlanProblem(
                 f"{role}.worker.pool",
                 f"handing caches over is known for GPUs of {' and '.join(_VENDORS)}, not for {side.device}",
             )
     if prefill.vendor != decode.vendor:
-        return Problem(
+        return PlanProblem(
             "decode.worker.pool",
             f"{engine} is not known to hand caches over from {prefill.device} to {decode.device}",
         )
     return {"vllm": _vllm, "sglang": _sglang, "trtllm": _trtllm}[engine](spec, prefill, decode)
 
 
-def _vllm(spec: ModelSpec, prefill: Side, decode: Side) -> Problem | None:
+def _vllm(spec: ModelSpec, prefill: Side, decode: Side) -> PlanProblem | None:
     for role, side in (("prefill", prefill), ("decode", decode)):
         if side.pipeline > 1:
             # nixl/base_worker.py of 0.33: only the connector that pushes knows stages, and only of one side.
-            return Problem(
+            return PlanProblem(
                 f"{role}.worker.parallelism.pipeline",
                 "vLLM's NixlConnector hands no caches over between workers with pipeline stages",
             )
@@ -75,10 +69,10 @@ def _vllm(spec: ModelSpec, prefill: Side, decode: Side) -> Problem | None:
     return _tensor("vLLM", prefill, decode, equal=recurrent(spec), what="the state of recurrent layers")
 
 
-def _sglang(spec: ModelSpec, prefill: Side, decode: Side) -> Problem | None:
+def _sglang(spec: ModelSpec, prefill: Side, decode: Side) -> PlanProblem | None:
     # disaggregation/common/conn.py, `_resolve_rank_mapping`.
     if decode.pipeline not in (1, prefill.pipeline):
-        return Problem(
+        return PlanProblem(
             "decode.worker.parallelism.pipeline",
             f"SGLang's decode workers have one stage, or as many as prefill workers, {prefill.pipeline}; not "
             f"{decode.pipeline}",
@@ -86,30 +80,30 @@ def _sglang(spec: ModelSpec, prefill: Side, decode: Side) -> Problem | None:
     for role, side in (("prefill", prefill), ("decode", decode)):
         if side.kv_cache == "fp4":
             # arg_groups/kv_cache_hook.py: the scales' layout is not known to the transfer.
-            return Problem(
+            return PlanProblem(
                 f"{role}.worker.quantization.kv_cache", "SGLang hands no cache in fp4 over between workers"
             )
     if decode.prefix_caching:
         # pd_disaggregation_hook.py turns them off, but for an option that it calls experimental.
-        return Problem(
+        return PlanProblem(
             "decode.worker.prefix_caching", "SGLang's decode workers keep no prefixes; prefill workers do"
         )
     apart = spec.family in _WINDOWS_APART
     return _tensor("SGLang", prefill, decode, equal=apart, what="the cache of layers with windows")
 
 
-def _trtllm(spec: ModelSpec, prefill: Side, decode: Side) -> Problem | None:
+def _trtllm(spec: ModelSpec, prefill: Side, decode: Side) -> PlanProblem | None:
     mixings = [group.attention for group in spec.layers if group.attention is not None]
     if len({(one.kind, one.kv_heads, one.head_dim) for one in mixings}) > 1:
         # disagg-serving.md, "What are the limitations".
-        return Problem(
+        return PlanProblem(
             "serving",
             f"TensorRT-LLM hands over caches that are alike in all layers, those of {spec.name} are not",
         )
     return None
 
 
-def _tensor(engine: str, prefill: Side, decode: Side, *, equal: bool, what: str) -> Problem | None:
+def _tensor(engine: str, prefill: Side, decode: Side, *, equal: bool, what: str) -> PlanProblem | None:
     """Heads are cut evenly on both sides; where they must be `equal`, into as many parts."""
     one, two = prefill.tensor, decode.tensor
     words = "" if not equal or one == two else f"{what} over between workers of equal tensor parallelism"
@@ -117,4 +111,4 @@ def _tensor(engine: str, prefill: Side, decode: Side, *, equal: bool, what: str)
         words = "caches over where one tensor parallelism divides the other"
     if not words:
         return None
-    return Problem("decode.worker.parallelism.tensor", f"{engine} hands {words}, not from {one} to {two}")
+    return PlanProblem("decode.worker.parallelism.tensor", f"{engine} hands {words}, not from {one} to {two}")

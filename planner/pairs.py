@@ -17,20 +17,22 @@ from planner.models import Degrees, ModelSpec, check_degrees
 from planner.plans import (
     LARGE_POOL,
     Excluded,
+    Layout,
     PlanPoint,
     PlanProblem,
     PlanSpace,
+    Row,
     Traits,
     check_formats,
     check_plan,
     id_of,
+    point_of,
     resolve_plan,
     resolve_worker,
+    worker_devices,
 )
 from planner.request import Plan, SpaceLimits
 
-#: Sequence cap, token budget, chunked prefill, graphs, memory fraction, prefix caching.
-Row: TypeAlias = tuple[int, int, bool, bool, float, bool]
 #: Workers of a kind in large pools: two to each doubling.
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -128,7 +130,7 @@ def check_pair(
         )
     problem = handover_problem(engine.engine, spec, *sides)
     if problem is not None:
-        return PlanProblem(problem.field, problem.reason)
+        return problem
     if first.pool == second.pool:
         pool = cluster.pool(first.pool)
         if point.devices > pool.devices:
@@ -185,7 +187,7 @@ class PairSpace:
         for here in cuts[0]:
             for there in cuts[1]:
                 rows = len(self._prefills(first, here)) * len(self._decodes(second, there))
-                for counts in self._counts(first, second, _worker(here), _worker(there)):
+                for counts in self._counts(first, second, worker_devices(here), worker_devices(there)):
                     layout = PairLayout((first.name, here, counts[0]), (second.name, there, counts[1]))
                     for names in formats:
                         self.groups.append((layout, names))
@@ -237,13 +239,11 @@ class PairSpace:
 
     def points(self, layout: PairLayout, formats: tuple[str, str, str]) -> Iterator[PairPoint]:
         """The plans of one layout and its formats."""
-        (pool, here, one), (other, there, two) = layout
+        prefill, decode = (Layout(pool, count, degrees) for pool, degrees, count in layout)
         firsts, seconds = self.batchings(layout)
         for first in firsts:
             for second in seconds:
-                yield PairPoint(
-                    _point(pool, one, here, formats, first), _point(other, two, there, formats, second)
-                )
+                yield PairPoint(point_of(prefill, formats, first), point_of(decode, formats, second))
 
 
 def pair_sizes(space: PairSpace) -> tuple[int, int]:
@@ -254,15 +254,3 @@ def pair_sizes(space: PairSpace) -> tuple[int, int]:
             seqs = max(seqs, *(row[0] for row in rows))
             tokens = max(tokens, *(row[1] for row in rows))
     return tokens, seqs
-
-
-def _worker(degrees: Degrees) -> int:
-    return degrees.tensor * degrees.pipeline * degrees.attention_data
-
-
-def _point(pool: str, replicas: int, degrees: Degrees, formats: tuple[str, str, str], row: Row) -> PlanPoint:
-    seqs, tokens, chunked, graphs, fraction, prefix = row
-    return PlanPoint(
-        pool, replicas, degrees.tensor, degrees.pipeline, degrees.expert, degrees.attention_data, *formats,
-        seqs, tokens, chunked, graphs, fraction, prefix,
-    )  # fmt: skip

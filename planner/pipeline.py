@@ -261,9 +261,7 @@ class Planner:
         return {
             "status": "ok",
             "plans": [evaluation.entry(not misses, [miss.as_dict() for miss in misses])],
-            "provenance": _provenance(question, judges.of_point(point).provenance(point)).model_dump(
-                mode="json"
-            ),
+            "provenance": _provenance(question, judge.provenance(point)).model_dump(mode="json"),
         }
 
 
@@ -293,14 +291,15 @@ class Spaces:
         made = (question.spec, question.cluster, question.engine, question.request.space)
         one = PlanSpace(*made) if "aggregated" in modes else None
         pairs = PairSpace(*made) if "disaggregated" in modes else None
-        if not (one is not None and one.groups) and not (pairs is not None and pairs.groups):
-            if one is not None:
-                raise _empty_space(one)
-            raise InputError("space", "the limits leave no pair of workers that the cluster has devices for")
-        return cls(
+        found = cls(
             one if one is not None and one.groups else None,
             pairs if pairs is not None and pairs.groups else None,
         )
+        if found.one is None and found.pairs is None:
+            if one is not None:
+                raise _empty_space(one)
+            raise InputError("space", "the limits leave no pair of workers that the cluster has devices for")
+        return found
 
     @property
     def weights(self) -> list[str]:

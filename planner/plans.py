@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from costmodels import clock_problem, supports
 from hardware import Cluster, Device, InputError, Pool
@@ -224,6 +224,9 @@ def default_formats(spec: ModelSpec, device: Device) -> tuple[str, str, str]:
     return weights, activations, kv_cache
 
 
+#: Batching of a worker: sequence cap, token budget, chunked prefill, graphs, memory fraction, prefix caching.
+Row: TypeAlias = tuple[int, int, bool, bool, float, bool]
+
 #: Devices of a pool from which the grid is fine: between two powers of two lie whole nodes there, and
 #: batching limits decide over more than a longer search costs.
 LARGE_POOL = 32
@@ -278,7 +281,7 @@ class PlanSpace:
         self.groups: list[tuple[Layout, tuple[str, str, str]]] = []
         self.excluded: list[Excluded] = []
         self._size = 0
-        self._batching: dict[tuple[str, Degrees], list[tuple[int, int, bool, bool, float, bool]]] = {}
+        self._batching: dict[tuple[str, Degrees], list[Row]] = {}
         for pool in self.pools():
             self._add_pool(pool)
 
@@ -293,7 +296,7 @@ class PlanSpace:
         for degrees in self.degrees(pool, total):
             batching = self.batching(pool, degrees)
             problem = check_degrees(self.spec, degrees)
-            for replicas in self._replicas(total // max(1, _worker(degrees)), fine=_is_large(pool)):
+            for replicas in self._replicas(total // max(1, worker_devices(degrees)), fine=_is_large(pool)):
                 for clock, names in itertools.product(self.limits.gpu_clock_hz or (None,), formats):
                     layout = Layout(pool.name, replicas, degrees, clock)
                     self._size += len(batching)
@@ -317,7 +320,7 @@ class PlanSpace:
                     experts = limits.expert or (sorted({1, product}) if moe else [1])
                     for expert in experts:
                         degrees = Degrees(tensor, pipeline, expert, data, 1)
-                        if _worker(degrees) <= total:
+                        if worker_devices(degrees) <= total:
                             yield degrees
 
     def _replicas(self, most: int, *, fine: bool) -> list[int]:
@@ -352,7 +355,7 @@ class PlanSpace:
                 result += [(weight, activation, cache) for cache in caches]
         return list(dict.fromkeys(result))
 
-    def batching(self, pool: Pool, degrees: Degrees) -> list[tuple[int, int, bool, bool, float, bool]]:
+    def batching(self, pool: Pool, degrees: Degrees) -> list[Row]:
         """(max_num_seqs, token budget, chunked, graphs, memory fraction, prefix caching), defaults first."""
         key = (pool.name, degrees)
         if key in self._batching:
@@ -400,18 +403,23 @@ class PlanSpace:
 
     def points(self, layout: Layout, formats: tuple[str, str, str]) -> Iterator[PlanPoint]:
         """The plans of one layout and its formats."""
-        degrees = layout.degrees
-        for seqs, tokens, chunked, graphs, fraction, prefix in self.batching(
-            self.cluster.pool(layout.pool), degrees
-        ):
-            yield PlanPoint(
-                layout.pool, layout.replicas, degrees.tensor, degrees.pipeline, degrees.expert,
-                degrees.attention_data, *formats, seqs, tokens, chunked, graphs, fraction, prefix,
-                layout.gpu_clock_hz,
-            )  # fmt: skip
+        for row in self.batching(self.cluster.pool(layout.pool), layout.degrees):
+            yield point_of(layout, formats, row)
 
 
-def _worker(degrees: Degrees) -> int:
+def point_of(layout: Layout, formats: tuple[str, str, str], row: Row) -> PlanPoint:
+    """The plan of a layout, its formats and a way of batching."""
+    degrees = layout.degrees
+    seqs, tokens, chunked, graphs, fraction, prefix = row
+    return PlanPoint(
+        layout.pool, layout.replicas, degrees.tensor, degrees.pipeline, degrees.expert,
+        degrees.attention_data, *formats, seqs, tokens, chunked, graphs, fraction, prefix,
+        layout.gpu_clock_hz,
+    )  # fmt: skip
+
+
+def worker_devices(degrees: Degrees) -> int:
+    """Devices of one worker that is cut so."""
     return degrees.tensor * degrees.pipeline * degrees.attention_data
 
 

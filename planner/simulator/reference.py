@@ -525,8 +525,16 @@ def simulate_reference(workload: Workload, tables: StepTables, config: Scheduler
         replica_of = [placed[int(s)] for s in workload.session]
     for index in range(config.replicas):
         advance(index, float("inf"))
+    arrival_s = [r.arrival_s - float(lead) for r, lead in zip(requests, lead_s, strict=True)]
+    return result_of(arrival_s, requests, replicas, replica_of)
+
+
+def result_of(
+    arrival_s: list[float], requests: list[Request], replicas: list[Replica], replica_of: list[int]
+) -> ReferenceResult:
+    """What requests [N] that replicas have served came to; `replica_of` [N] may be left empty."""
     return ReferenceResult(
-        arrival_s=[r.arrival_s - float(lead) for r, lead in zip(requests, lead_s, strict=True)],
+        arrival_s=arrival_s,
         first_s=[r.first_s for r in requests],
         finish_s=[r.finish_s for r in requests],
         replica=replica_of,

@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 
 from planner.simulator.pair import Stage, prompts_of
-from planner.simulator.reference import ReferenceResult, Replica, Request
+from planner.simulator.reference import ReferenceResult, Replica, Request, result_of
 from planner.simulator.simulate import (
     WITH_FIRST_TOKEN,
     cache_entries,
@@ -100,20 +100,5 @@ def simulate_pair_reference(
                 heapq.heappush(there[row % second.replicas].pending, (at, 1, row))
         replica.finished = []
 
-    def told(replicas: list[Replica], requests: list[Request]) -> ReferenceResult:
-        return ReferenceResult(
-            arrival_s=[asked[row].arrival_s - float(lead_s[row]) for row in rows],
-            first_s=[request.first_s for request in requests],
-            finish_s=[request.finish_s for request in requests],
-            replica=[],
-            gaps_s=[gap for replica in replicas for gap in replica.gaps],
-            preemptions=sum(r.preemptions for r in replicas),
-            cached_tokens=sum(r.cached_tokens for r in replicas),
-            peak_blocks=max(r.pool.peak for r in replicas),
-            prefill_tokens=sum(r.prefill_tokens for r in replicas),
-            busy_s=sum(r.busy for r in replicas),
-            attention_decode_s=sum(r.attention_decode for r in replicas),
-            attention_prefill_s=sum(r.attention_prefill for r in replicas),
-        )
-
-    return told(here, asked), told(there, handed)
+    arrival_s = [asked[row].arrival_s - float(lead_s[row]) for row in rows]
+    return result_of(arrival_s, asked, here, []), result_of(arrival_s, handed, there, [])
