@@ -25,17 +25,22 @@ def plan_words(plan: Mapping[str, Any], *, pool: bool = False, short: bool = Fal
         worker = plan["worker"]
         limits = _limits(worker["batching"], worker["batching"])
         place = f", on {worker['pool']}" if pool else ""
-        return f"{_cut(plan)}, {_formats(worker)}, {limits}{_clock(worker)}{place}"
+        clock = _clock(worker)
+        return f"{_cut(plan)}, {_formats(worker)}, {limits}{clock and f', {clock}'}{place}"
     parts = {role: plan[role]["worker"] for role in ("prefill", "decode")}
-    one, two = (_formats(worker) + _clock(worker) for worker in parts.values())
-    places = {role: f" on {worker['pool']}" if pool else "" for role, worker in parts.items()}
-    apart = {"prefill": "", "decode": ""} if one == two else {"prefill": f" {one}", "decode": f" {two}"}
-    names = {role: "" if short else f" {role}" for role in parts}
-    cuts = (" > " if short else " + ").join(
-        f"{_cut(plan[role])}{apart[role]}{names[role]}{places[role]}" for role in parts
-    )
-    limits = _limits(parts["decode"]["batching"], parts["prefill"]["batching"])
-    return f"{cuts}, {one}, {limits}" if one == two else f"{cuts}, {limits}"
+    formats = [_formats(worker) for worker in parts.values()]
+    clocks = [_clock(worker) for worker in parts.values()]
+    same, locked_alike = formats[0] == formats[1], clocks[0] == clocks[1]
+    words = []
+    for (role, worker), own, clock in zip(parts.items(), formats, clocks, strict=True):
+        name = _cut(plan[role])
+        name += "" if same else f" {own}"
+        name += "" if locked_alike or not clock else f" at {clock}"
+        name += "" if short else f" {role}"
+        words.append(name + (f" on {worker['pool']}" if pool else ""))
+    shared = [(" > " if short else " + ").join(words), *(formats[:1] if same else ())]
+    shared += [_limits(parts["decode"]["batching"], parts["prefill"]["batching"])]
+    return ", ".join([*shared, *(clocks[:1] if locked_alike and clocks[0] else ())])
 
 
 def _cut(part: Mapping[str, Any]) -> str:
@@ -59,7 +64,7 @@ def _formats(worker: Mapping[str, Any]) -> str:
 
 def _clock(worker: Mapping[str, Any]) -> str:
     clock = worker.get("gpu_clock_hz")
-    return f", {clock / 1e6:.0f} MHz" if clock else ""
+    return f"{clock / 1e6:.0f} MHz" if clock else ""
 
 
 def _limits(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> str:

@@ -400,6 +400,10 @@ class Evaluator:
         found["energy_j"] *= self.site.pue
         return found
 
+    def dynamic_bound_j(self, point: PlanPoint, wanted: frozenset[str] | None = None) -> float:
+        """Joules above idle that the devices need at the least for all requests."""
+        return self._work(point, wanted).dynamic_j
+
     def work_bound_s(self, point: PlanPoint) -> float:
         """Seconds that one worker needs at the least for all requests: no rate is above requests / this."""
         return max(self._work(point, None).work_s, 1e-12)

@@ -196,16 +196,15 @@ class PairEvaluator:
                 rest = moved + later
                 found[name] = value + float(rest.mean() if name.endswith("mean") else rest.min())
         makespan = first["makespan_s"] + float((moved + later).min())
-        idle_w = self.prefill.cluster.pool(point.prefill.pool).device.idle_w * point.prefill.devices
-        work_j = first["energy_j"] / self.prefill.site.pue - first["makespan_s"] * (
-            idle_w + self.prefill.site.host_w_per_device * point.prefill.devices
+        idle_w = sum(
+            (own.cluster.pool(part.pool).device.idle_w + own.site.host_w_per_device) * part.devices
+            for own, part in self.parts(point)
         )
-        idle_w += self.decode.cluster.pool(point.decode.pool).device.idle_w * point.decode.devices
-        idle_w += self.decode.site.host_w_per_device * point.devices
+        energy_j = idle_w * makespan + self.prefill.dynamic_bound_j(point.prefill, wanted)
         outputs = float(tokens.sum())
         return found | {
             "makespan_s": makespan,
-            "energy_j": (max(0.0, work_j) + idle_w * makespan) * self.decode.site.pue,
+            "energy_j": energy_j * self.decode.site.pue,
             "output_tokens_per_s": outputs / makespan if makespan > 0 else float("inf"),
             "usd_per_million_output_tokens": self.price(point) * makespan / 3600.0 / outputs * 1e6,
         }

@@ -6,8 +6,9 @@ what one writes the other reads. Decode workers take whole caches over, so their
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from hardware import Cluster, InputError, Pool
@@ -23,9 +24,11 @@ from planner.plans import (
     PlanSpace,
     Row,
     Traits,
+    check_clock,
     check_formats,
     check_plan,
     id_of,
+    label_of,
     point_of,
     resolve_plan,
     resolve_worker,
@@ -71,7 +74,7 @@ class PairPoint:
 
     def label(self) -> str:
         """`TP2 fp8 kv-fp8 b256/8192 prefill + 2x TP1 fp8 kv-fp8 b256/8192 decode`."""
-        return " + ".join(f"{point.label()} {role}" for role, point in self.roles)
+        return label_of(self.to_dict())
 
     def traits(self) -> Traits:
         """What the plan is made of: both workers'."""
@@ -142,10 +145,10 @@ def check_pair(
 
 
 class PairLayout(NamedTuple):
-    """How both kinds of workers are cut, where they stand and how many there are."""
+    """How both kinds of workers are cut, where they stand, how many there are, and at which core clocks."""
 
-    prefill: tuple[str, Degrees, int]
-    decode: tuple[str, Degrees, int]
+    prefill: Layout
+    decode: Layout
 
 
 class PairSpace:
@@ -161,37 +164,56 @@ class PairSpace:
         self.cluster = cluster
         self._one = PlanSpace(spec, cluster, engine, limits.model_copy(update={"replicas": None}))
         self.limits = limits
-        self.excluded: list[Excluded] = []
         self.groups: list[tuple[PairLayout, tuple[str, str, str]]] = []
+        self._excluded: dict[str, Excluded] = {}
         self._size = 0
         pools = self._one.pools()
         for first in pools:
             for second in pools:
                 self._add(spec, first, second)
 
+    @property
+    def excluded(self) -> list[Excluded]:
+        """What is left out: for each reason one example, and how many plans it holds."""
+        return list(self._excluded.values())
+
     def _add(self, spec: ModelSpec, first: Pool, second: Pool) -> None:
         shared = self._one.formats(second.device)
         formats = [
-            names
+            (names, check_formats(first.device, *names) or check_formats(second.device, *names))
             for names in self._one.formats(first.device)
-            if names in shared and not any(check_formats(pool.device, *names) for pool in (first, second))
+            if names in shared
+        ]
+        asked = self.limits.gpu_clock_hz or (None,)
+        clocks = [
+            ((one, two), check_clock(first.device, one) or check_clock(second.device, two))
+            for one, two in itertools.product(asked, asked)
         ]
         cuts = [
             [
-                degrees
+                (degrees, check_degrees(spec, degrees))
                 for degrees in self._one.degrees(pool, pool.devices)
-                if (degrees.pipeline == 1 or self.limits.pipeline) and check_degrees(spec, degrees) is None
+                if degrees.pipeline == 1 or self.limits.pipeline
             ]
             for pool in (first, second)
         ]
-        for here in cuts[0]:
-            for there in cuts[1]:
-                rows = len(self._prefills(first, here)) * len(self._decodes(second, there))
-                for counts in self._counts(first, second, worker_devices(here), worker_devices(there)):
-                    layout = PairLayout((first.name, here, counts[0]), (second.name, there, counts[1]))
-                    for names in formats:
+        for (here, unfit), (there, other) in itertools.product(*cuts):
+            rows = len(self._prefills(first, here)) * len(self._decodes(second, there))
+            for counts in self._counts(first, second, worker_devices(here), worker_devices(there)):
+                for ((one, two), clash), (names, lacking) in itertools.product(clocks, formats):
+                    layout = PairLayout(
+                        Layout(first.name, counts[0], here, one), Layout(second.name, counts[1], there, two)
+                    )
+                    self._size += rows
+                    reason = unfit or other or lacking or clash
+                    if reason:
+                        self._exclude(Excluded(layout, names, reason, rows))
+                    else:
                         self.groups.append((layout, names))
-                        self._size += rows
+
+    def _exclude(self, item: Excluded) -> None:
+        known = self._excluded.get(item.reason)
+        self._excluded[item.reason] = replace(known, plans=known.plans + item.plans) if known else item
 
     def _counts(self, first: Pool, second: Pool, here: int, there: int) -> Iterator[tuple[int, int]]:
         """Replicas of both kinds that the pools have devices for."""
@@ -231,19 +253,20 @@ class PairSpace:
 
     def batchings(self, layout: PairLayout) -> tuple[list[Row], list[Row]]:
         """How prefill workers and decode workers of a layout may batch."""
-        (pool, here, _), (other, there, _) = layout
+        first, second = layout
         return (
-            self._prefills(self.cluster.pool(pool), here),
-            self._decodes(self.cluster.pool(other), there),
+            self._prefills(self.cluster.pool(first.pool), first.degrees),
+            self._decodes(self.cluster.pool(second.pool), second.degrees),
         )
 
     def points(self, layout: PairLayout, formats: tuple[str, str, str]) -> Iterator[PairPoint]:
         """The plans of one layout and its formats."""
-        prefill, decode = (Layout(pool, count, degrees) for pool, degrees, count in layout)
         firsts, seconds = self.batchings(layout)
         for first in firsts:
             for second in seconds:
-                yield PairPoint(point_of(prefill, formats, first), point_of(decode, formats, second))
+                yield PairPoint(
+                    point_of(layout.prefill, formats, first), point_of(layout.decode, formats, second)
+                )
 
 
 def pair_sizes(space: PairSpace) -> tuple[int, int]:

@@ -8,8 +8,10 @@ path may be read at all).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -296,9 +298,7 @@ class Spaces:
             pairs if pairs is not None and pairs.groups else None,
         )
         if found.one is None and found.pairs is None:
-            if one is not None:
-                raise _empty_space(one)
-            raise InputError("space", "the limits leave no pair of workers that the cluster has devices for")
+            raise _empty_space([space for space in (one, pairs) if space is not None])
         return found
 
     @property
@@ -330,15 +330,15 @@ class Judges:
         return self.pairs if isinstance(point, PairPoint) else self.one
 
 
-def _empty_space(space: PlanSpace) -> InputError:
-    """No plan of the space can be built at all: the reason most of them share."""
-    if not space.excluded:
-        return InputError("space", "the limits leave no plan that the cluster has devices for")
-    counts: dict[str, int] = {}
-    for item in space.excluded:
-        counts[item.reason] = counts.get(item.reason, 0) + item.plans
-    reason = max(counts, key=lambda text: counts[text])
-    return InputError("space", f"no plan can be built: {reason}")
+def _empty_space(spaces: Sequence[PlanSpace | PairSpace]) -> InputError:
+    """No plan of the spaces can be built at all: the reason most of them share."""
+    counts: Counter[str] = Counter()
+    for item in itertools.chain(*(space.excluded for space in spaces)):
+        counts[item.reason] += item.plans
+    if not counts:
+        what = "plan" if isinstance(spaces[0], PlanSpace) else "pair of workers"
+        return InputError("space", f"the limits leave no {what} that the cluster has devices for")
+    return InputError("space", f"no plan can be built: {counts.most_common(1)[0][0]}")
 
 
 def _provenance(question: Question, rows: Sequence[Mapping[str, str]]) -> Provenance:

@@ -105,20 +105,7 @@ class PlanPoint:
 
     def label(self) -> str:
         """Short name: `2x TP4 fp8 kv-fp8 b256/8192 @1410MHz` (sequences / tokens of a step)."""
-        parts = [f"TP{self.tensor}"]
-        if self.pipeline > 1:
-            parts.append(f"PP{self.pipeline}")
-        if self.attention_data > 1:
-            parts.append(f"ADP{self.attention_data}")
-        if self.expert > 1:
-            parts.append(f"EP{self.expert}")
-        parts += [self.weights, f"kv-{self.kv_cache}", f"b{self.max_num_seqs}/{self.max_num_batched_tokens}"]
-        if self.gpu_clock_hz is not None:
-            parts.append(f"@{self.gpu_clock_hz / 1e6:.0f}MHz")
-        name = " ".join(parts)
-        if self.replicas > 1:
-            name = f"{self.replicas}x {name}"
-        return name
+        return label_of(self.to_dict())
 
     def traits(self) -> Traits:
         """What the plan is made of."""
@@ -150,6 +137,28 @@ class Traits(NamedTuple):
     sizes: tuple[int, ...]
     flags: tuple[float, ...]
     names: tuple[str, ...]
+
+
+def label_of(plan: Mapping[str, Any]) -> str:
+    """Short name of a plan of either kind whose values are all stated (see `PlanPoint.label`)."""
+    if plan["serving"] == "disaggregated":
+        return " + ".join(f"{_label(plan[role])} {role}" for role in ("prefill", "decode"))
+    return _label(plan)
+
+
+def _label(part: Mapping[str, Any]) -> str:
+    worker = part["worker"]
+    degrees, formats, batching = worker["parallelism"], worker["quantization"], worker["batching"]
+    words = [f"TP{degrees['tensor']}"]
+    for name, short in (("pipeline", "PP"), ("attention_data", "ADP"), ("expert", "EP")):
+        if degrees[name] > 1:
+            words.append(f"{short}{degrees[name]}")
+    words += [formats["weights"], f"kv-{formats['kv_cache']}"]
+    words.append(f"b{batching['max_num_seqs']}/{batching['max_num_batched_tokens']}")
+    if worker["gpu_clock_hz"] is not None:
+        words.append(f"@{worker['gpu_clock_hz'] / 1e6:.0f}MHz")
+    name = " ".join(words)
+    return f"{part['replicas']}x {name}" if part["replicas"] > 1 else name
 
 
 def id_of(plan: Mapping[str, Any]) -> str:
@@ -261,7 +270,7 @@ class Layout:
 class Excluded:
     """A part of the space that is left out, with the reason and how many plans it holds."""
 
-    layout: Layout
+    layout: Any  # of its space
     formats: tuple[str, str, str] | None
     reason: str
     plans: int

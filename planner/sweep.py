@@ -24,7 +24,7 @@ from planner.explain import recommend
 from planner.objectives import objective_vector, slo_misses
 from planner.pairs import parts_of
 from planner.pipeline import Planner, version
-from planner.plans import PlanSpace
+from planner.plans import PlanSpace, label_of
 from planner.request import PlanningRequest, parse_request
 from planner.search import Cancelled, ExhaustiveSearch, Judged, Support, front_of
 
@@ -226,33 +226,12 @@ def _planned_anew(
         "status": result.status,
         "plan_id": entry.id,
         "plan": entry.plan,
-        "label": _label(entry.plan),
+        "label": label_of(entry.plan),
         "reason": result.recommended.reason,
         "front": len(result.front),
         "certified": result.search.certified,
         "metrics": entry.metrics,
     }
-
-
-def _label(plan: Mapping[str, Any]) -> str:
-    if plan["serving"] == "disaggregated":
-        return " + ".join(f"{_workers(plan[role])} {role}" for role in ("prefill", "decode"))
-    return _workers(plan)
-
-
-def _workers(plan: Mapping[str, Any]) -> str:
-    worker = plan["worker"]
-    degrees, formats, batching = worker["parallelism"], worker["quantization"], worker["batching"]
-    parts = [f"TP{degrees['tensor']}"]
-    for name, short in (("pipeline", "PP"), ("attention_data", "ADP"), ("expert", "EP")):
-        if degrees[name] > 1:
-            parts.append(f"{short}{degrees[name]}")
-    parts += [formats["weights"], f"kv-{formats['kv_cache']}"]
-    parts.append(f"b{batching['max_num_seqs']}/{batching['max_num_batched_tokens']}")
-    if worker.get("gpu_clock_hz"):
-        parts.append(f"@{worker['gpu_clock_hz'] / 1e6:.0f}MHz")
-    text = " ".join(parts)
-    return f"{plan['replicas']}x {text}" if plan["replicas"] > 1 else text
 
 
 def _rate(request: PlanningRequest, multiple: float) -> dict[str, Any]:

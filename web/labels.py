@@ -69,18 +69,19 @@ def plan_label(plan: Mapping[str, Any], request: Mapping[str, Any] | None = None
     places = _places(request or {})
     parts = parts_of(plan)
     workers = [_worker(part) for _, part in parts]
-    formats = [_formats(worker) for worker in workers]
+    formats, clocks = [_formats(worker) for worker in workers], [_clock(worker) for worker in workers]
     where = [places.get(worker.get("pool", ""), "") for worker in workers]
-    together = len(set(formats)) == 1
+    together, locked_alike = len(set(formats)) == 1, len(set(clocks)) == 1
     same_place = together and len(set(where)) == 1
     words = []
-    for (role, part), kept, place in zip(parts, formats, where, strict=True):
+    for (role, part), kept, clock, place in zip(parts, formats, clocks, where, strict=True):
         name = _shape(part)
         name += f", {kept}" if kept and not together else ""
+        name += f" at{_SPACE}{clock}" if clock and not locked_alike else ""
         name += f"{_SPACE}{role}" if role else ""
         words.append(name + (f" on {place}" if place and not same_place else ""))
-    label = f" +{_SPACE}".join(words)
-    label += f", {formats[0]}" if together and formats[0] else ""
+    shared = [formats[0] if together else "", clocks[0] if locked_alike else ""]
+    label = ", ".join([f" +{_SPACE}".join(words), *(text for text in shared if text)])
     return label + (f" on {where[0]}" if same_place and where[0] else "")
 
 
@@ -106,14 +107,18 @@ def _shape(part: Mapping[str, Any]) -> str:
 
 
 def _formats(worker: Mapping[str, Any]) -> str:
-    """`fp8, fp8 KV, 1410 MHz`: formats of weights and cache, and a clock that is locked."""
+    """`fp8, fp8 KV`: formats of weights and cache."""
     formats = worker.get("quantization") or {}
     words = [str(formats["weights"])] if formats.get("weights") else []
     if formats.get("kv_cache") and formats["kv_cache"] != "bf16":
         words.append(f"{formats['kv_cache']}{_SPACE}KV")
-    if worker.get("gpu_clock_hz"):
-        words.append(f"{worker['gpu_clock_hz'] / 1e6:.0f}{_SPACE}MHz")
     return ", ".join(words)
+
+
+def _clock(worker: Mapping[str, Any]) -> str:
+    """`1410 MHz`, of a clock that is locked."""
+    clock = worker.get("gpu_clock_hz")
+    return f"{clock / 1e6:.0f}{_SPACE}MHz" if clock else ""
 
 
 # --- batching ----------------------------------------------------------------------------------

@@ -77,7 +77,11 @@ class Space(Protocol):
     """Plans of one kind in groups (see `PlanSpace`, `PairSpace`)."""
 
     groups: Any
-    excluded: Any
+
+    @property
+    def excluded(self) -> Sequence[Any]:
+        """What no plan can be, with reasons and counts (see `Excluded`)."""
+        ...
 
     def points(self, layout: Any, formats: tuple[str, str, str]) -> Iterator[Any]:
         """The plans of a group."""

@@ -61,6 +61,21 @@ def test_a_pair_of_workers_says_once_what_both_share() -> None:
     assert plan_words(plan) == apart
 
 
+def test_a_locked_clock_stands_with_the_workers_it_locks() -> None:
+    slow = {**PAIR_WORKER, "gpu_clock_hz": 1.2e9}
+    rest = "fp8, KV fp8, 1024 seqs / 8192 tokens"
+    plan: dict[str, Any] = {"serving": "aggregated", "replicas": 1, "worker": slow}
+    assert plan_words(plan) == f"1 x TP4, {rest}, 1200 MHz"
+    plan = {
+        "serving": "disaggregated",
+        "prefill": {"replicas": 1, "worker": PAIR_WORKER},
+        "decode": {"replicas": 1, "worker": slow},
+    }
+    assert plan_words(plan) == f"1 x TP4 prefill + 1 x TP4 at 1200 MHz decode, {rest}"
+    plan["prefill"]["worker"] = slow
+    assert plan_words(plan) == f"1 x TP4 prefill + 1 x TP4 decode, {rest}, 1200 MHz"
+
+
 def test_plan_shows_the_front_and_writes_the_result(save: Save, capsys: Captured, tmp_path: Path) -> None:
     assert main(["plan", save(small_request()), "--json", "out.json"]) == DONE
     out, err = capsys.readouterr()

@@ -181,6 +181,40 @@ def test_limits_hold_for_both_kinds_of_workers(question: Question) -> None:
         assert point.prefill.max_num_batched_tokens == 4096
 
 
+def test_each_kind_of_workers_takes_every_clock_asked_for(question: Question) -> None:
+    limits = SpaceLimits(tensor=(2,), replicas=(1,), gpu_clock_hz=(1.2e9, None))
+    space = PairSpace(question.spec, question.cluster, question.engine, limits)
+    points = list(space)
+    assert len(points) == len(space) == len({point.id for point in points})
+    clocks = {(point.prefill.gpu_clock_hz, point.decode.gpu_clock_hz) for point in points}
+    assert clocks == {(1.2e9, 1.2e9), (1.2e9, None), (None, 1.2e9), (None, None)}
+    plain = PairSpace(
+        question.spec, question.cluster, question.engine, limits.model_copy(update={"gpu_clock_hz": None})
+    )
+    assert len(space) == 4 * len(plain)
+
+
+def test_a_slower_decode_worker_saves_energy_and_is_certified(planner: Planner) -> None:
+    limits = {**REQUEST["space"], "tensor": [2], "replicas": [1], "gpu_clock_hz": [1.2e9, None]}
+    result = planner.plan(asked(objectives=["tpot", "energy"], space=limits))
+    assert result.search.certified
+    clocks = {
+        entry.plan["decode"]["worker"]["gpu_clock_hz"] for entry in result.plans if entry.id in result.front
+    }
+    assert clocks == {1.2e9, None}
+
+
+def test_what_no_pair_can_be_is_counted_with_its_reason(planner: Planner, question: Question) -> None:
+    limits = SpaceLimits(tensor=(1, 3), replicas=(1,), gpu_clock_hz=(None, 9e9))
+    space = PairSpace(question.spec, question.cluster, question.engine, limits)
+    left_out = sum(item.plans for item in space.excluded)
+    assert len(list(space)) == len(space) - left_out
+    assert len(space.excluded) == len({item.reason for item in space.excluded}) == 2
+    fields = {**REQUEST["space"], "tensor": [2], "gpu_clock_hz": [9e9]}
+    with pytest.raises(InputError, match=r"no plan can be built: .*9000 MHz"):
+        planner.plan(asked(space=fields))
+
+
 def test_workers_may_stand_in_pools_of_different_devices(planner: Planner) -> None:
     pools = [
         {"name": "fast", "device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 1},

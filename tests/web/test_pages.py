@@ -281,3 +281,13 @@ def test_a_plan_of_several_pools_says_where_it_runs() -> None:
     assert label(plan, POOLS) == "2 × TP4, fp8 on l40s"
     assert label(plan, TWINS) == "2 × TP4, fp8 on b"  # the device tells nothing here
     assert label(plan, {"cluster": {"pools": POOLS["cluster"]["pools"][1:]}}) == "2 × TP4, fp8"
+
+
+def test_a_locked_clock_stands_with_the_workers_it_locks() -> None:
+    plain, slow = worker("a", 4), {**worker("a", 4), "gpu_clock_hz": 1.2e9}
+    assert label({"serving": "aggregated", "replicas": 2, "worker": slow}) == "2 × TP4, fp8, 1200 MHz"
+    plan: dict[str, Any] = {"serving": "disaggregated", "prefill": {"replicas": 1, "worker": slow}}
+    plan["decode"] = {"replicas": 1, "worker": plain}
+    assert label(plan) == "1 × TP4 at 1200 MHz prefill + 1 × TP4 decode, fp8"
+    plan["decode"] = {"replicas": 1, "worker": slow}
+    assert label(plan) == "1 × TP4 prefill + 1 × TP4 decode, fp8, 1200 MHz"
