@@ -120,7 +120,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--most", type=int, default=4096, help="leave runs of more clients out")
+    parser.add_argument("--most", type=int, default=16384, help="leave runs of more clients out")
     parser.add_argument("--out", type=Path, help="write the rows with predictions as CSV")
     given = parser.parse_args()
     runs = pd.read_csv(given.runs)

@@ -25,7 +25,8 @@ import numpy as np
 
 from costmodels.learned.data import Problem, problems
 from costmodels.learned.fitting import fit
-from costmodels.learned.judging import JUDGED_FROM, dealt, hashed, judge
+from costmodels.learned.groups import JUDGED_FROM, dealt, hashed
+from costmodels.learned.judging import judge
 from costmodels.learned.shapes import Batch, closed_form, make_batch
 from costmodels.learned.store import interval_of
 from costmodels.learned.tables import find_tables

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from costmodels.learned.data import Problem, problems
-from costmodels.learned.judging import JUDGED_FROM, hashed
+from costmodels.learned.groups import JUDGED_FROM, hashed
 from costmodels.learned.shapes import COLUMNS
 from costmodels.learned.tables import find_tables
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from costmodels.kernels import Rates, decode_time, gemm_time, moe_time, prefill_time
-from costmodels.learned.judging import hashed
+from costmodels.learned.groups import hashed
 from costmodels.learned.tables import files_of
 from costmodels.ops import BYTES_PER_ELEMENT
 from hardware import Device, load_catalog

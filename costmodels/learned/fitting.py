@@ -4,8 +4,8 @@ Target: log(measured / closed form). Attention over prompts is first fitted by a
 smoothly with sizes; trees fit the rest. The answer for a GEMM and for experts is the mean of two: trees on
 physics alone, and trees that correct a network, or in 16 bits also see what was measured around a GEMM; in
 fp8 it is the mean of three, the last of them trees whose leaves slope. That for decode attention is the mean
-of trees with flat leaves and of trees with sloping ones; that for a table of few rows the mean of trees and a
-Gaussian process.
+of trees with flat leaves and of trees with sloping ones, on features that its table chooses (`views`); that
+for a table of few rows the mean of trees and a Gaussian process.
 
 This and its neighbours `boosting`, `train_*`, `net` and `process` are the only door to scikit-learn.
 """
@@ -27,6 +27,7 @@ from costmodels.learned.shapes import Batch, Matrix, closed_form, make_batch
 from costmodels.learned.train_few import FEW_ROWS
 from costmodels.learned.transposed import transposed
 from costmodels.learned.trees import Beside, Hedged, Trees, nothing, scaled
+from costmodels.learned.views import chosen_view
 from costmodels.ops import FloatArray
 
 #: Families whose trees correct a network.
@@ -79,8 +80,9 @@ def fit(problem: Problem, batch: Batch, seed: int, rows: Any = None, *, brief: b
     size = SETTINGS[family]
     half = size._replace(trees=int(size.trees * _HALF))
     if family == "decode":
-        first = boosted(features, target, size, seed, brief=brief)
-        second = sloping(features, target, _SLOPES, seed, brief=brief)
+        shown = chosen_view(features, target, np.asarray(problem.group)[chosen][sound], family, seed)
+        first = boosted(shown, target, size, seed, brief=brief)
+        second = sloping(shown, target, _SLOPES, seed, brief=brief)
         return _hedged(first, second, _APART, features, share=_SLOPING)
     if problem.kind == ("gemm", "fp8"):
         first = boosted(features, target, _IN_FP8, seed, brief=brief)

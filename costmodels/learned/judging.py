@@ -11,7 +11,6 @@ made without the fold they are judged on.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from costmodels.learned.boosting import boosted
 from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit
+from costmodels.learned.groups import dealt
 from costmodels.learned.shapes import COLUMNS, TIME_CLASSES, Batch, time_class
 from costmodels.learned.store import LEAST_SPREAD
 from costmodels.learned.train_few import Few, fit_few
@@ -36,8 +36,6 @@ _WIDER = tuple(1.0 + 0.02 * step for step in range(16))
 #: Of few groups the finite-sample correction asks for almost the widest error there was; where rows left out
 #: lie inside more often than this, it is narrowed until they do not, to no less than this share.
 _OFTEN, _NARROWEST = 0.915, 0.3
-#: Groups whose hash is at least this are judged by `benchmarks/predictors.py`: no choice was made on them.
-JUDGED_FROM = 85
 _FEW_GROUPS, _FEW_FOLDS, _FOLDS = 60, 5, 3
 #: Errors fall with the share of the groups that are fitted on as share^-0.35, and faster where kernels switch
 #: often or scale by blocks, and where a final fit gains most from its longer training (measured on GEMM and
@@ -50,22 +48,6 @@ _LEARNING_OF = {
 #: A user's few rows teach less of GEMMs (six devices, 133 and 200 rows: by 0.2), of attention as much.
 _LEARNING_FEW = {"gemm": 0.2}
 _CUTS = ("intermediate", "local_experts", "heads", "kv_heads", "n", "k")
-
-
-def hashed(groups: Any) -> npt.NDArray[np.int64]:
-    """A stable number in 0..99 per group name."""
-    names, inverse = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    numbers = np.array([zlib.crc32(str(name).encode()) % 100 for name in names], dtype=np.int64)
-    return np.asarray(numbers[inverse], dtype=np.int64)
-
-
-def dealt(groups: Any, folds: int) -> npt.NDArray[np.int64]:
-    """The fold of each row: whole groups, dealt out in the order of their hash."""
-    names, inverse = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-    order = sorted(range(len(names)), key=lambda i: zlib.crc32(str(names[i]).encode()))
-    place = np.empty(len(names), dtype=np.int64)
-    place[order] = np.arange(len(names)) % folds
-    return np.asarray(place[inverse], dtype=np.int64)
 
 
 def interval(error: FloatArray, base_s: FloatArray, label: Any) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ import numpy as np
 from costmodels.learned.boosting import SETTINGS, Setting, boosted
 from costmodels.learned.cards import card_of
 from costmodels.learned.data import Problem
-from costmodels.learned.judging import dealt
+from costmodels.learned.groups import dealt
 from costmodels.learned.process import fit_process
 from costmodels.learned.shapes import (
     TIME_CLASSES,

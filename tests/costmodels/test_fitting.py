@@ -12,7 +12,7 @@ import pytest
 from costmodels.learned import fitting
 from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit, like_its_neighbours
-from costmodels.learned.judging import dealt
+from costmodels.learned.groups import dealt
 from costmodels.learned.net import SMALL, fit_net
 from costmodels.learned.process import fit_process, unlikelihood
 from costmodels.learned.shapes import Batch, bound_s, closed_form, columns, make_batch, rates_of

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from costmodels.learned.data import Problem
-from costmodels.learned.judging import dealt, hashed, interval, judge
+from costmodels.learned.groups import dealt, hashed
+from costmodels.learned.judging import interval, judge
 from costmodels.learned.shapes import (
     columns,
     make_batch,

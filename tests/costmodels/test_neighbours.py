@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from costmodels.learned import fitting
 from costmodels.learned.data import Problem
 from costmodels.learned.fitting import fit
+from costmodels.learned.groups import dealt
 from costmodels.learned.grown import from_boosting
-from costmodels.learned.judging import dealt
 from costmodels.learned.neighbours import Neighbours, measured_around
 from costmodels.learned.shapes import columns, make_batch
 from costmodels.learned.trees import Beside, pack, shortened, unpack
