@@ -26,7 +26,10 @@ STATISTICS = tuple(
 
 
 class WorkFacts:
-    """What bounds read of a workload, worked out once: work of each request with and without a cache."""
+    """What bounds read of a workload, worked out once: work of each request with and without a cache.
+
+    `brought`: prompts are computed elsewhere, and come no earlier than the requests.
+    """
 
     def __init__(
         self,
@@ -35,19 +38,23 @@ class WorkFacts:
         wanted: frozenset[str] | None = None,
         request_s: float = 0.0,
         request_per_token_s: float = 0.0,
+        brought: bool = False,
     ) -> None:
-        self.workload, self.wanted = workload, wanted
+        self.workload, self.wanted, self.brought = workload, wanted, brought
         self.inputs = workload.input_tokens.astype(np.float64)
         self.outputs = workload.output_tokens.astype(np.float64)
         self.decoded = self.outputs - 1.0
         self.lead_s = request_s + request_per_token_s * self.inputs
+        if brought:
+            self.lead_s = np.zeros_like(self.inputs)
         #: Keys that the decode steps of each request attend to.
         self.contexts = self.decoded * self.inputs + self.decoded * (self.decoded + 1.0) / 2.0
         self.cached = {False: np.zeros_like(self.inputs)}
         self.cached[True] = cacheable_tokens(workload).astype(np.float64)
-        self.prompt = {flag: self.inputs - cached for flag, cached in self.cached.items()}
-        whole = self.inputs * (self.inputs + 1.0) / 2.0
-        self.pairs = {flag: whole - c * (c + 1.0) / 2.0 for flag, c in self.cached.items()}
+        computed = np.zeros_like(self.inputs) if brought else self.inputs
+        self.prompt = {flag: np.maximum(0.0, computed - cached) for flag, cached in self.cached.items()}
+        whole = computed * (computed + 1.0) / 2.0
+        self.pairs = {flag: np.maximum(0.0, whole - c * (c + 1.0) / 2.0) for flag, c in self.cached.items()}
         #: [tokens, pairs, contexts] in sum.
         self.sums = {
             flag: (
@@ -183,7 +190,7 @@ class ShapeFacts:
             self._rates[key] = above, slopes
         return self._rates[key]
 
-    def load_mean_s(self, facts: WorkFacts, seqs: int, replicas: int, preemption: bool) -> float:
+    def load_mean_s(self, facts: WorkFacts, seqs: int, replicas: int, *, preemption: bool) -> float:
         """Least mean time in the system that the load leaves possible (see the module)."""
         key = (seqs, replicas, preemption)
         if key not in self._loads:
@@ -242,7 +249,7 @@ class ShapeFacts:
         """What every request needs for itself; `attention` of a step is known when nobody is preempted."""
         key = (budget, prefix, step, attention)
         if key not in self._own:
-            ttft = self.ttft(facts, budget, prefix)
+            ttft = np.zeros_like(facts.inputs) if facts.brought else self.ttft(facts, budget, prefix)
             later = facts.decoded * step
             if np.isfinite(attention):
                 per_key = self.per_context / (self.stages * self.ranks)

@@ -27,9 +27,8 @@ come from the plan's `StepTables`. The argument:
   the last arrival T is known. What is left then is held by some K requests at least, no more than the K
   longest answers; from there on the k-th last of them keeps k in the system for as long as its tokens
   take. The bound is the least of both parts over all K.
-* Overload. At its best rate a worker is a machine that serves work; of all orders, the shortest
-  remaining one first has the least sum of completion times (Schrage, "A proof of the optimality of the
-  shortest remaining processing time discipline", 1968), R workers no less than one machine R times as fast.
+* Overload. At its best rate a worker is a machine that serves work, prompts by the time of the first token
+  and all of it by that of the last: least means and percentiles of both (see `boundqueues`).
 * A preempted sequence gets one token from recomputing its prompt in place of a decode step. Where
   the KV cache can run out, the bounds count the cheaper of the two.
 * Energy is idle power over that makespan plus the same work at its least joules.
@@ -44,16 +43,17 @@ A test draws random tables, workloads and schedulers and checks that no simulati
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from costmodels.table import StepTables
 from planner.boundfacts import STATISTICS, Own, ShapeFacts, WorkFacts, cacheable_tokens
+from planner.boundqueues import Queue
 from planner.workload import Workload
 
 __all__ = [
@@ -70,6 +70,9 @@ FloatArray = npt.NDArray[np.float64]
 #: Mean end-to-end times at which the energy of the trade-off is worked out, over the least.
 _STRETCH = np.array([1.0, 1.02, 1.05, 1.1, 1.17, 1.26, 1.4, 1.6, 1.9, 2.4, 3.2, 5.0, 10.0, 30.0])
 
+#: Share of the workers' time from the first arrival to the last that work takes where it may queue.
+_BUSY = 0.8
+
 
 @dataclass(slots=True, eq=False)
 class WorkBounds:
@@ -78,7 +81,7 @@ class WorkBounds:
     `statistics`: {"ttft_s.mean": s, "e2e_s.p95": s, ...}; `step_s` the cheapest decode step (0
     when nobody decodes); `chain_s` from the first arrival to the latest end, however many
     workers; `work_s` all work at one worker's best rate; `dynamic_j` its energy above idle.
-    `queue_mean_s` is what overload makes of the mean end-to-end time, by the number of workers.
+    `queued` says what load makes of some of the statistics, by the number of workers.
     """
 
     statistics: dict[str, float]
@@ -87,7 +90,7 @@ class WorkBounds:
     chain_s: float
     work_s: float
     dynamic_j: float
-    queue_mean_s: Callable[[int], float] = field(default=lambda replicas: 0.0)
+    queued: Callable[[int], Mapping[str, float]] = field(default=lambda replicas: {})
     _trade: Callable[[float], FloatArray] | None = None
 
     def trade(self, least_s: float) -> FloatArray:
@@ -96,43 +99,6 @@ class WorkBounds:
         `least_s` is a bound on the mean that is known already: rows begin there.
         """
         return np.array([[least_s, self.dynamic_j]]) if self._trade is None else self._trade(least_s)
-
-
-@njit(cache=True, nogil=True)
-def _shortest_first(release_s, work_s):  # type: ignore[no-untyped-def]
-    """Sum of completion times, the shortest remaining work first; releases ascend."""
-    count = len(release_s)
-    heap = np.empty(count)
-    size, now, total = 0, 0.0, 0.0
-    for index in range(count):
-        if size == 0:
-            now = max(now, release_s[index])
-        at = size  # push
-        size += 1
-        while at > 0 and heap[(at - 1) >> 1] > work_s[index]:
-            heap[at] = heap[(at - 1) >> 1]
-            at = (at - 1) >> 1
-        heap[at] = work_s[index]
-        until = release_s[index + 1] if index + 1 < count else np.inf
-        while size > 0 and now < until:
-            if now + heap[0] > until:
-                heap[0] -= until - now  # still the least, so the heap stays one
-                now = until
-                break
-            now += heap[0]
-            total += now
-            size -= 1
-            item, at = heap[size], 0
-            while 2 * at + 1 < size:
-                low = 2 * at + 1
-                if low + 1 < size and heap[low + 1] < heap[low]:
-                    low += 1
-                if item <= heap[low]:
-                    break
-                heap[at] = heap[low]
-                at = low
-            heap[at] = item
-    return total
 
 
 def work_bounds(
@@ -188,21 +154,14 @@ def work_bounds(
     if not preemption:
         watts += max(0.0, tables.decode_attention_w) * attention_s
     dynamic = max(0.0, tokens * (shape.joules + shape.moe_joules) + watts)
-    known: dict[int, float] = {}
-
-    def queue_mean_s(replicas: int) -> float:
-        """What the load makes of the mean time in the system."""
-        if not facts.open_loop:
-            return 0.0
-        loaded = shape.load_mean_s(facts, seqs, replicas, preemption)
-        if work_s <= 0.8 * replicas * facts.span_s:
-            return loaded
-        if replicas not in known:
-            each = (facts.prompt[prefix] + facts.decoded) * best + facts.pairs[prefix] * (pair_s / slots)
-            each += facts.contexts * (per_context / slots) + facts.decoded * (each_step / cap)
-            ends = _shortest_first(facts.release_s, each / replicas)
-            known[replicas] = (ends - float(facts.workload.arrival_s.sum())) / len(each)
-        return max(loaded, known[replicas])
+    queues = partial(
+        _queues,
+        facts,
+        prefix,
+        (float(shape.mixed_each[budget - 1]) / slots + shape.moe_each / stages, pair_s / slots),
+        (best, per_context / slots, each_step / cap),
+    )
+    load = partial(shape.load_mean_s, facts, seqs, preemption=preemption)
 
     return WorkBounds(
         statistics=own.statistics,
@@ -211,9 +170,65 @@ def work_bounds(
         chain_s=own.chain_s,
         work_s=work_s,
         dynamic_j=dynamic,
-        queue_mean_s=queue_mean_s,
+        queued=_Queued(facts, queues, load, work_s),
         _trade=partial(_trade, facts, shape, seqs, budget, prefix, mixed_s, own, dynamic, watts),
     )
+
+
+def _queues(
+    facts: WorkFacts, prefix: bool, of_prompt: tuple[float, float], of_rest: tuple[float, float, float]
+) -> Iterator[tuple[str, Queue]]:
+    """What one worker does at its best rate until first tokens, and until last ones.
+
+    `of_prompt`: s for a token of a prompt, and for a (query, key) pair. `of_rest`: s for a token of any kind,
+    for a cached key, and for a decode step's share.
+    """
+    arrival_s, pairs = facts.workload.arrival_s, facts.pairs[prefix] * of_prompt[1]
+    if not facts.brought:
+        yield "ttft_s", Queue(arrival_s, facts.release_s, facts.prompt[prefix] * of_prompt[0] + pairs)
+    each = (facts.prompt[prefix] + facts.decoded) * of_rest[0] + pairs
+    each += facts.contexts * of_rest[1] + facts.decoded * of_rest[2]
+    yield "e2e_s", Queue(arrival_s, facts.release_s, each)
+
+
+class _Queued:
+    """See `WorkBounds.queued`: worked out when it is asked for, once for each number of workers."""
+
+    def __init__(self, facts: WorkFacts, queues: Any, load: Callable[[int], float], work_s: float) -> None:
+        self._facts, self._make, self._load, self._work_s = facts, queues, load, work_s
+        self._queues: dict[str, Queue] | None = None
+        self._known: dict[int, dict[str, float]] = {}
+
+    def __call__(self, workers: int) -> Mapping[str, float]:
+        facts = self._facts
+        if not facts.open_loop:
+            return {}
+        if workers not in self._known:
+            found: dict[str, float] = {}
+            if facts.wants("e2e_s.mean") and not facts.brought:
+                found["e2e_s.mean"] = self._load(workers)
+            if self._work_s > _BUSY * workers * facts.span_s:
+                self._add(found, workers)
+            self._known[workers] = found
+        return self._known[workers]
+
+    def _add(self, found: dict[str, float], workers: int) -> None:
+        """What overload alone makes of all statistics that are asked for."""
+        facts = self._facts
+        if self._queues is None:
+            self._queues = dict(self._make())
+        for metric, queue in self._queues.items():
+            if queue.work_s.sum() <= _BUSY * workers * facts.span_s:
+                continue
+            for name in STATISTICS:
+                if facts.wants(name) and name.startswith(metric):
+                    statistic = name.partition(".")[2]
+                    value = (
+                        queue.mean_s(workers)
+                        if statistic == "mean"
+                        else queue.percentile_s(float(statistic[1:]), workers)
+                    )
+                    found[name] = max(found.get(name, 0.0), value)
 
 
 def _trade(
@@ -263,11 +278,8 @@ def metric_bounds(
 ) -> dict[str, float]:
     """Bounds on the scalar metrics of a plan; throughput is an upper bound, the rest lower ones."""
     makespan = max(bounds.chain_s, bounds.work_s / replicas)
-    statistics = bounds.statistics
-    if "e2e_s.mean" in statistics:
-        mean = bounds.queue_mean_s(replicas)
-        if mean > statistics["e2e_s.mean"]:
-            statistics = {**statistics, "e2e_s.mean": mean}
+    queued = bounds.queued(replicas)
+    statistics = {name: max(value, queued.get(name, 0.0)) for name, value in bounds.statistics.items()}
     return {
         "makespan_s": makespan,
         "energy_j": idle_w * devices * makespan + bounds.dynamic_j,

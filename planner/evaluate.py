@@ -63,7 +63,10 @@ class Evaluation:
 
 
 class Evaluator:
-    """Judges plans of one request. Not thread-safe while it builds tables."""
+    """Judges plans of one request. Not thread-safe while it builds tables.
+
+    `brought`: bounds leave the prompts out, which other workers compute.
+    """
 
     def __init__(
         self,
@@ -79,8 +82,10 @@ class Evaluator:
         table_tokens: int = 0,
         table_seqs: int = 0,
         tables: dict[tuple[Any, ...], StepTables] | None = None,
+        brought: bool = False,
     ) -> None:
         self.spec, self.cluster, self.workload = spec, cluster, workload
+        self._brought = brought
         self.engine, self.model = engine, model
         self.slo = dict(slo or {})
         self.prices = dict(prices or {})
@@ -426,6 +431,7 @@ class Evaluator:
                     wanted=wanted,
                     request_s=self.engine.request_s,
                     request_per_token_s=self.engine.request_per_token_s,
+                    brought=self._brought,
                 )
             work = self._bounds[key] = work_bounds(
                 facts,

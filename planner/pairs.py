@@ -262,11 +262,11 @@ class PairSpace:
     def points(self, layout: PairLayout, formats: tuple[str, str, str]) -> Iterator[PairPoint]:
         """The plans of one layout and its formats."""
         firsts, seconds = self.batchings(layout)
-        for first in firsts:
-            for second in seconds:
-                yield PairPoint(
-                    point_of(layout.prefill, formats, first), point_of(layout.decode, formats, second)
-                )
+        decodes = [point_of(layout.decode, formats, row) for row in seconds]
+        for row in firsts:
+            first = point_of(layout.prefill, formats, row)
+            for second in decodes:
+                yield PairPoint(first, second)
 
 
 def pair_sizes(space: PairSpace) -> tuple[int, int]:

@@ -415,9 +415,9 @@ def _result(question: Question, judges: Judges, outcome: Outcome) -> PlanningRes
     request = question.request
     front = outcome.front
     meets = bool(front) and front[0].meets_slo
-    ids = {item.point.id for item in front}
+    best_points = {item.point for item in front}
     rest = sorted(
-        (item for item in outcome.judged if item.point.id not in ids), key=lambda item: item.objectives
+        (item for item in outcome.judged if item.point not in best_points), key=lambda item: item.objectives
     )
     entries: list[PlanEntry] = []
     rows: list[Mapping[str, str]] = []
@@ -428,7 +428,7 @@ def _result(question: Question, judges: Judges, outcome: Outcome) -> PlanningRes
         else None
     )
     for place, item in enumerate([*front, *rest]):
-        on_front = item.point.id in ids
+        on_front = place < len(front)
         evaluation = shown[place] if on_front else item.evaluation
         entry = evaluation.entry(item.meets_slo, [miss.as_dict() for miss in item.misses])
         if sure is not None and on_front:

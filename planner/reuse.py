@@ -3,7 +3,8 @@
 A cap that never binds might as well be another: when no more requests were ever in a worker than its
 sequence cap lets in, no step was full and the KV cache never ran short, then a plan with another cap that
 would not bind either runs step by step alike. Its metrics are those of the first; only its memory differs.
-What counts as never binding is told from the outside, and cautiously:
+The same holds for decode workers behind equal prefill workers. What counts as never binding is told from the
+outside, and cautiously:
 
 * sequences: the requests that have arrived and not finished, of which the active ones are a part;
 * tokens of a step: no fullest slot reached the budget (a budget that binds fills a slot to the brim);
@@ -91,8 +92,15 @@ class Runs:
                 return run.metrics, run.peak_blocks
         return None
 
-    def add(self, shape: tuple[Any, ...], config: SchedulerConfig, result: SimulationResult) -> None:
-        """Remember a simulation. `shape`: everything that it depends on beside the scheduler's limits."""
+    def add(
+        self,
+        shape: tuple[Any, ...],
+        config: SchedulerConfig,
+        result: SimulationResult,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Remember a simulation. `shape`: everything that it depends on beside the scheduler's limits.
+        `metrics`: of the whole plan, where the result is that of a part."""
         room = self._room(config)
         runs = self._runs.setdefault((*shape, config.replicas, room.prefix), [])
         if len(runs) >= _MOST:
@@ -103,7 +111,7 @@ class Runs:
         runs.append(
             _Run(
                 config,
-                result.metrics(),
+                result.metrics() if metrics is None else metrics,
                 result.peak_kv_blocks,
                 _most_inside(result),
                 fullest,

@@ -132,8 +132,13 @@ class Ranks:
         likely = bounds[left] * np.exp(np.clip(known + more, -4.0, 4.0))
         low = np.minimum(likely.min(axis=0), front.min(axis=0))
         span = np.maximum(front.max(axis=0) - front.min(axis=0), 1e-3 * np.abs(front).max(axis=0) + 1e-300)
+        # Column by column: a front has a hundred points, and there may be a hundred thousand plans.
+        columns = np.ascontiguousarray(((likely - low) / span).T)
         behind = np.full(len(left), np.inf)
-        for point in front:
-            behind = np.minimum(behind, ((likely - point) / span).max(axis=1))
+        for point in (front - low) / span:
+            worst = columns[0] - point[0]
+            for column, value in zip(columns[1:], point[1:], strict=True):
+                np.maximum(worst, column - value, out=worst)
+            np.minimum(behind, worst, out=behind)
         weights = self.rng.dirichlet(np.ones(bounds.shape[1]))
-        return np.asarray(behind + 0.2 * ((likely - low) / span * weights).sum(axis=1), dtype=np.float64)
+        return np.asarray(behind + 0.2 * (weights @ columns), dtype=np.float64)

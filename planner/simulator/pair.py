@@ -118,6 +118,72 @@ def prompts_of(workload: Workload) -> Workload:
     return replace(workload, output_tokens=np.ones_like(workload.output_tokens))
 
 
+def one_way(workload: Workload) -> bool:
+    """Whether every request comes by itself: then prefill workers never wait for decode workers."""
+    return not workload.concurrency and bool((workload.parent < 0).all())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompts:
+    """What prefill workers did: arrivals and first tokens [N], which is when they hand over, in s."""
+
+    result: SimulationResult
+    arrival_s: FloatArray
+    handed_s: FloatArray
+
+
+def simulate_prompts(workload: Workload, prefill: Stage) -> Prompts:
+    """Run the prefill workers of a workload that is `one_way`, whatever decode workers follow."""
+    if not one_way(workload):
+        raise ValueError("requests that wait for the ends of others need both stages")
+    first = _First(workload, prefill)
+    first.arrive(np.arange(len(workload)), heaped=False)
+    _run_out(compiled_tables(prefill.tables), first.rows, first.store)
+    return first.collect(workload, prefill)
+
+
+class _First:
+    """Prefill workers of a workload before they have begun."""
+
+    def __init__(self, workload: Workload, prefill: Stage) -> None:
+        self.prompts, self.config = prompts_of(workload), replace(prefill.config, hands_over=True)
+        check(self.prompts, prefill.tables, self.config)
+        rows = request_rows(self.prompts, self.config)
+        # Whose end starts whom: the stages' own rows trigger nothing by themselves.
+        self.child, self.sibling = rows.child, rows.sibling
+        alone = np.full(len(workload), -1, np.int64)
+        self.rows = rows._replace(child=alone, sibling=alone)
+        self.lead_s = self.config.lead_s(workload.input_tokens)
+        sessions, _ = session_index(workload)
+        clients, replicas = min(workload.concurrency, len(workload)), self.config.replicas
+        self.worker = sessions % (min(replicas, clients) if clients else replicas)
+        roots = int((workload.parent < 0).sum())
+        self.store = empty_store(
+            self.prompts, prefill.tables, self.config, self.rows, replicas, roots, pending=len(workload)
+        )
+        _handed_out(self.store)
+
+    def arrive(self, wanted: IntArray, *, heaped: bool) -> None:
+        """See `_arrive`."""
+        _arrive(wanted, self.rows, self.store, self.worker, heaped=heaped)
+
+    def collect(self, workload: Workload, prefill: Stage) -> Prompts:
+        """What the workers did."""
+        arrival_s = self.rows.floats[:, core.ARRIVE] - self.lead_s
+        handed_s = self.rows.floats[:, core.FINISH]
+        result = prefill.collect(
+            self.prompts, self.store, arrive_s=arrival_s, first_s=handed_s.copy(), finish_s=handed_s.copy(),
+            replica=self.worker, slo={},
+        )  # fmt: skip
+        return Prompts(result, arrival_s, handed_s)
+
+
+def _handed_out(store: core.Store, logged: int = 1) -> None:
+    """Its requests come from outside, and their ends are told."""
+    store.ints[:, core.CLOSED], store.ints[:, core.TRIGGERED] = 0, 1
+    store.ints[:, core.LOGGED] = logged
+
+
 def simulate_pair(
     workload: Workload,
     prefill: Stage,
@@ -125,60 +191,55 @@ def simulate_pair(
     transfer_s: FloatArray,
     *,
     slo: Mapping[str, Mapping[str, float]] | None = None,
+    prompts: Prompts | None = None,
 ) -> PairResult:
     """Run a whole workload on prefill workers and decode workers.
 
-    `transfer_s` [N] is the time of each request's KV cache on its way. Raises as `simulate` does.
+    `transfer_s` [N] is the time of each request's KV cache on its way. `prompts`: what `simulate_prompts`
+    gave for the same workload and prefill workers: these need not run again. Raises as `simulate` does.
     """
-    prompts = prompts_of(workload)
-    first, second = replace(prefill.config, hands_over=True), decode.config
-    if not second.brought or first.brought:
+    second = decode.config
+    if not second.brought or prefill.config.brought:
         raise ValueError("prompts are computed by the first stage and brought to the second")
-    check(prompts, prefill.tables, first)
     check(workload, decode.tables, second)
-    rows = [request_rows(prompts, first), request_rows(workload, second)]
-    lead_s = first.lead_s(workload.input_tokens)
-    # Whose end starts whom: the stages' own rows trigger nothing by themselves.
-    child, sibling = rows[0].child, rows[0].sibling
+    transfer_s = np.asarray(transfer_s, np.float64)
+    rows = request_rows(workload, second)
     alone = np.full(len(workload), -1, np.int64)
-    rows = [part._replace(child=alone, sibling=alone) for part in rows]
-    sessions, _ = session_index(workload)
-    clients = min(workload.concurrency, len(workload))
-    worker = np.stack([sessions % (min(first.replicas, clients) if clients else first.replicas),
-                       np.arange(len(workload)) % second.replicas])  # fmt: skip
-    roots = np.flatnonzero(workload.parent < 0)
-    waits = bool(workload.concurrency) or len(roots) < len(workload)
-    stores = [
-        empty_store(
-            prompts, prefill.tables, first, rows[0], first.replicas, len(roots), pending=len(workload)
-        ),
-        empty_store(workload, decode.tables, second, rows[1], second.replicas, 1, pending=len(workload)),
-    ]
-    for store in stores:
-        store.ints[:, core.CLOSED], store.ints[:, core.TRIGGERED] = 0, 1
-        store.ints[:, core.LOGGED] = core.STOPS if waits else 1
-    if workload.concurrency:
-        rows[0].floats[:, core.ARRIVE] = lead_s
-    _arrive(roots[:clients] if clients else roots, rows[0], stores[0], worker[0], heaped=clients > 0)
+    rows = rows._replace(child=alone, sibling=alone)
+    store = empty_store(workload, decode.tables, second, rows, second.replicas, 1, pending=len(workload))
+    worker = np.arange(len(workload)) % second.replicas
     ends_early = (workload.output_tokens == 1) & (second.brought == WITH_FIRST_TOKEN)
-    _tandem(
-        compiled_tables(prefill.tables), rows[0], stores[0],
-        compiled_tables(decode.tables), rows[1], stores[1],
-        worker, np.asarray(transfer_s, np.float64), ends_early,
-        child if len(child) == len(workload) else alone, sibling if len(sibling) == len(workload) else alone,
-        roots[clients:] if clients else roots[:0], waits,
-    )  # fmt: skip
-    arrival_s = rows[0].floats[:, core.ARRIVE] - lead_s
-    handed_s = rows[0].floats[:, core.FINISH]
-    own = {name: rows[1].floats[:, column] for name, column in (("first", core.FIRST), ("end", core.FINISH))}
+    if one_way(workload):
+        prompts = simulate_prompts(workload, prefill) if prompts is None else prompts
+        _handed_out(store)
+        rows.floats[:, core.ARRIVE] = prompts.handed_s + transfer_s
+        _arrive(np.flatnonzero(~ends_early), rows, store, worker, heaped=True)
+        _run_out(compiled_tables(decode.tables), rows, store)
+    else:
+        first = _First(workload, prefill)
+        for part in (first.store, store):
+            _handed_out(part, core.STOPS)
+        roots, clients = np.flatnonzero(workload.parent < 0), min(workload.concurrency, len(workload))
+        if workload.concurrency:
+            first.rows.floats[:, core.ARRIVE] = first.lead_s
+        first.arrive(roots[:clients] if clients else roots, heaped=clients > 0)
+        child, sibling = (
+            part if len(part) == len(workload) else alone for part in (first.child, first.sibling)
+        )
+        _tandem(
+            compiled_tables(prefill.tables), first.rows, first.store,
+            compiled_tables(decode.tables), rows, store,
+            np.stack([first.worker, worker]), transfer_s, ends_early,
+            child, sibling, roots[clients:] if clients else roots[:0],
+        )  # fmt: skip
+        prompts = first.collect(workload, prefill)
+    handed_s = prompts.handed_s
+    own = {name: rows.floats[:, column] for name, column in (("first", core.FIRST), ("end", core.FINISH))}
     first_s, finish_s = (np.where(ends_early, handed_s, own[name]) for name in ("first", "end"))
     return PairResult(
-        prefill.collect(
-            prompts, stores[0], arrive_s=arrival_s, first_s=handed_s.copy(), finish_s=handed_s.copy(),
-            replica=worker[0], slo={},
-        ),
+        prompts.result,
         decode.collect(
-            workload, stores[1], arrive_s=arrival_s, first_s=first_s, finish_s=finish_s, replica=worker[1],
+            workload, store, arrive_s=prompts.arrival_s, first_s=first_s, finish_s=finish_s, replica=worker,
             slo=slo or {}, expected=int((~ends_early).sum()),
         ),
     )  # fmt: skip
@@ -221,7 +282,14 @@ def _send(w, g, r, i, at):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _tandem(tp, wp, gp, td, wd, gd, worker, transfer, early, child, sibling, roots, waits):  # type: ignore[no-untyped-def]
+def _run_out(t, w, g):  # type: ignore[no-untyped-def]
+    """Let every replica do all that it has been handed."""
+    for r in range(g.ints.shape[0]):
+        core.advance(t, w, _one(g, r), np.inf)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _tandem(tp, wp, gp, td, wd, gd, worker, transfer, early, child, sibling, roots):  # type: ignore[no-untyped-def]
     """Advance both stages until nothing is left to do.
 
     Ends that others wait for are taken in order of time, each once nobody can end before it any more: every
@@ -229,7 +297,7 @@ def _tandem(tp, wp, gp, td, wd, gd, worker, transfer, early, child, sibling, roo
     """
     first, second = gp.ints.shape[0], gd.ints.shape[0]
     seen = np.zeros(first + second, np.int64)
-    ends = np.zeros((len(transfer) + 1 if waits else 1, 2))
+    ends = np.zeros((len(transfer) + 1, 2))
     waiting = 0  # ends in the heap
     begun = 0  # of the closed loop's sessions that wait for a client
     while True:
@@ -241,8 +309,6 @@ def _tandem(tp, wp, gp, td, wd, gd, worker, transfer, early, child, sibling, roo
                 who, now, others = r, at, now
             elif at < others:
                 others = at
-            if r == first - 1 and not waits and now < np.inf:
-                break  # the second stage has no way back
         if waiting > 0 and ends[0, 0] <= now:
             end, i = ends[0, 0], int(ends[0, 1])
             waiting = _pop(ends, waiting)
@@ -250,28 +316,25 @@ def _tandem(tp, wp, gp, td, wd, gd, worker, transfer, early, child, sibling, roo
             continue
         if now == np.inf:
             return
-        until = np.inf
-        if waits:
-            if waiting > 0:
-                others = min(others, ends[0, 0])
-            until = max(others, np.nextafter(now, np.inf))
+        if waiting > 0:
+            others = min(others, ends[0, 0])
+        until = max(others, np.nextafter(now, np.inf))
         if who < first:
             core.advance(tp, wp, _one(gp, who), until)
             for e in range(seen[who], gp.ints[who, core.DONE]):
                 i = gp.ended[who, e]
                 end = wp.floats[i, core.FINISH]
-                if not early[i]:
-                    _send(wd, gd, worker[1, i], i, end + transfer[i])
-                elif waits:
+                if early[i]:
                     waiting = _push(ends, waiting, end, float(i))
+                else:
+                    _send(wd, gd, worker[1, i], i, end + transfer[i])
             seen[who] = gp.ints[who, core.DONE]
         else:
             r = who - first
             core.advance(td, wd, _one(gd, r), until)
-            if waits:
-                for e in range(seen[who], gd.ints[r, core.DONE]):
-                    i = gd.ended[r, e]
-                    waiting = _push(ends, waiting, wd.floats[i, core.FINISH], float(i))
+            for e in range(seen[who], gd.ints[r, core.DONE]):
+                i = gd.ended[r, e]
+                waiting = _push(ends, waiting, wd.floats[i, core.FINISH], float(i))
             seen[who] = gd.ints[r, core.DONE]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -104,6 +104,13 @@ class SimulationResult:
         """
         index, counts = self._sizes_run[name]
         return float((values[index] * counts).sum())
+
+    def forget_batches(self) -> None:
+        """Keep what sums over batches came to, not their counts: a result to be kept shrinks to its times."""
+        for _ in (self.busy_s, self.work_j, self.flops, self.bytes_moved):
+            pass
+        self.work = replace(self.work, batches={}, itl_histogram=np.zeros(0))
+        self.__dict__.pop("_sizes_run", None)
 
     @cached_property
     def breakdown_s(self) -> dict[str, float]:

@@ -220,26 +220,16 @@ def test_workers_may_stand_in_pools_of_different_devices(planner: Planner) -> No
         {"name": "fast", "device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 1},
         {"name": "cheap", "device": "l40s", "nodes": 1, "devices_per_node": 2},
     ]
-    result = planner.plan(asked(cluster={"pools": pools}, objectives=["latency", "cost"]))
-    found = {
-        (entry.plan["prefill"]["worker"]["pool"], entry.plan["decode"]["worker"]["pool"])
-        for entry in result.plans
-    }
-    assert {("fast", "cheap"), ("cheap", "fast"), ("cheap", "cheap")} == found
-    one = next(e for e in result.plans if e.plan["prefill"]["worker"]["pool"] == "fast")
-    prices = {"fast": 0.0, "cheap": 0.0}
-    for name, device in (("fast", "h100-sxm-80gb"), ("cheap", "l40s")):
-        prices[name] = planner.catalog.device(device).usd_per_hour
-    assert one.metrics["usd_per_hour"] == pytest.approx(
-        prices["fast"] + prices["cheap"] * one.plan["decode"]["replicas"]
+    question = planner.load(asked(cluster={"pools": pools}))
+    space = PairSpace(question.spec, question.cluster, question.engine, question.request.space)
+    found = {(point.prefill.pool, point.decode.pool) for point in space}
+    assert found == {("fast", "cheap"), ("cheap", "fast"), ("cheap", "cheap")}
+    one = next(point for point in space if point.prefill.pool == "fast")
+    entry = planner.evaluate(asked(cluster={"pools": pools}), one.to_dict())["plans"][0]
+    prices = {name: planner.catalog.device(name).usd_per_hour for name in ("h100-sxm-80gb", "l40s")}
+    assert entry["metrics"]["usd_per_hour"] == pytest.approx(
+        prices["h100-sxm-80gb"] + prices["l40s"] * one.decode.replicas
     )
-
-
-def test_a_pool_of_one_device_has_no_pair(planner: Planner) -> None:
-    pools = [{"name": "main", "device": "h100-sxm-80gb", "nodes": 1, "devices_per_node": 1}]
-    with pytest.raises(InputError, match="no pair of workers") as caught:
-        planner.plan(asked(cluster={"pools": pools}))
-    assert caught.value.path == "space"
 
 
 # --- what they cost --------------------------------------------------------------------------------
@@ -351,6 +341,31 @@ def test_no_simulated_pair_beats_its_bound(planner: Planner, arrivals: dict[str,
         bound = judge.bound_vector(point, objectives, judge.bounds(point, wanted))
         values = objective_vector(objectives, judge.evaluate(point, interval=False).metrics)
         assert np.all(bound <= values + 1e-9 * np.abs(values)), (point.label(), bound, values)
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.24])
+def test_what_pairs_share_is_simulated_once_and_the_same(planner: Planner, fraction: float) -> None:
+    """Prefill workers of many pairs, and decode workers whose limits do not bind, against a fresh judge."""
+    limits = {
+        "serving": ["disaggregated"], "weights": ["bf16"], "kv_cache": ["bf16"], "tensor": [1],
+        "replicas": [1, 2], "max_num_seqs": [2, 64, 128, 256], "max_num_batched_tokens": [2048, 8192],
+        "memory_fraction": [fraction],
+    }  # fmt: skip
+    question = planner.load(asked(space=limits))
+    space = PairSpace(question.spec, question.cluster, question.engine, question.request.space)
+    judge = Judges.of(question, Spaces(None, space), {}).pairs
+    assert judge is not None
+    for point in space:
+        assert judge.reject(point) is None
+        found = judge.evaluate(point, interval=False)
+        result, memory = judge.run(point)
+        truth = result.metrics()
+        assert found.breakdown_s == truth.pop("breakdown_s")
+        peaks = result.prefill.peak_kv_blocks, result.decode.peak_kv_blocks
+        held = zip(judge.parts(point), memory, peaks, strict=True)
+        truth["memory_bytes"] = sum(part.used_bytes(own, *rest) for (part, own), *rest in held)
+        assert found.metrics == truth, point.label()
+    assert 0 < judge.reused < len(space)
 
 
 # --- the front -------------------------------------------------------------------------------------
