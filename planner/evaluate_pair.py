@@ -10,7 +10,7 @@ import numpy as np
 
 from costmodels import AtClock, Collective
 from costmodels.ops import FloatArray
-from hardware import InputError
+from hardware import CommGroup, InputError
 from planner.evaluate import Evaluation, Evaluator
 from planner.memory import MemoryPlan, kv_footprint
 from planner.objectives import bound_vector
@@ -36,8 +36,8 @@ class Handover(NamedTuple):
     """Seconds [N] that each request's KV cache takes from a prefill worker to a decode worker, with what the
     decode worker's front end adds to that; `source` of the time of a transfer.
 
-    `moved_s` [N], `mean_s` and `min_s`: the same of requests that have to go there, 0 for the others. `number`
-    tells the ways of one evaluator apart.
+    `moved_s` [N], `mean_s` and `min_s`: the same of requests that have to go there, 0 for the others.
+    `number` tells the ways of one evaluator apart.
     """
 
     number: int
@@ -60,6 +60,7 @@ class PairEvaluator:
         self.prefill = _like(evaluator, prompts_of(evaluator.workload))
         self._decoding = _like(evaluator, evaluator.workload, brought=True)
         self.workload, self.slo, self.engine = evaluator.workload, evaluator.slo, evaluator.engine
+        self._links: dict[tuple[str, str, int], CommGroup] = {}
         self._handovers: dict[tuple[Any, ...], Handover] = {}
         # Of a pair's two halves each is that of many pairs.
         self._unfit: dict[tuple[Any, ...], PlanProblem | None] = {}
@@ -84,6 +85,30 @@ class PairEvaluator:
         if problem is not None:
             return problem.reason
         return self._refused(0, point.prefill) or self._refused(1, point.decode)
+
+    def sift(
+        self, firsts: Sequence[PlanPoint], seconds: Sequence[PlanPoint]
+    ) -> tuple[list[PairPoint], list[tuple[PairPoint, str, int]]]:
+        """What `reject` lets pass of all pairs of one layout's halves, and of the others an example for each
+        reason with their number: most pairs of a large space are refused for one of their halves."""
+        passed: list[PairPoint] = []
+        refused: dict[str, tuple[PairPoint, int]] = {}
+        problems: dict[bool, str | None] = {}
+        for first in firsts:
+            cached = first.prefix_caching
+            if cached not in problems:
+                problem = self._problem(PairPoint(first, seconds[0]))
+                problems[cached] = problem.reason if problem else None
+            whole = problems[cached] or self._refused(0, first)
+            for second in seconds:
+                reason = whole or self._refused(1, second)
+                if reason is None:
+                    passed.append(PairPoint(first, second))
+                elif reason in refused:
+                    refused[reason] = refused[reason][0], refused[reason][1] + 1
+                else:
+                    refused[reason] = PairPoint(first, second), 1
+        return passed, [(point, reason, count) for reason, (point, count) in refused.items()]
 
     def _refused(self, which: int, own: PlanPoint) -> str | None:
         """Why workers of one kind cannot serve, or None."""
@@ -125,8 +150,12 @@ class PairEvaluator:
         first, second = point.prefill, point.decode
         spec, cluster = self.decode.spec, self.decode.cluster
         last = (first.devices if first.pool == second.pool else 0) + second.devices - 1
+        ends = (first.pool, second.pool, last)
+        group = self._links.get(ends)
+        if group is None:
+            group = self._links[ends] = cluster.point_to_point(first.pool, 0, second.pool, last)
         key = (first.pool, first.tensor, first.pipeline, second.pool, second.tensor, second.pipeline,
-               first.kv_cache, first.gpu_clock_hz, last)  # fmt: skip
+               first.kv_cache, first.gpu_clock_hz, group)  # fmt: skip
         if key not in self._handovers:
             tokens = self.workload.input_tokens.astype(np.float64)
             most = np.zeros(len(tokens))
@@ -139,7 +168,6 @@ class PairEvaluator:
             model = self.decode.model
             if first.gpu_clock_hz is not None:
                 model = AtClock(model, first.gpu_clock_hz)
-            group = cluster.point_to_point(first.pool, 0, second.pool, last)
             found = model.predict(Collective("point_to_point", most, group), device)
             seconds = np.array(found.time_s, dtype=np.float64)
             if self.engine.handed_over == "after":

@@ -259,14 +259,20 @@ class PairSpace:
             self._decodes(self.cluster.pool(second.pool), second.degrees),
         )
 
+    def halves(
+        self, layout: PairLayout, formats: tuple[str, str, str]
+    ) -> tuple[list[PlanPoint], list[PlanPoint]]:
+        """Prefill workers and decode workers of a layout and its formats; its plans are their product."""
+        firsts, seconds = self.batchings(layout)
+        return (
+            [point_of(layout.prefill, formats, row) for row in firsts],
+            [point_of(layout.decode, formats, row) for row in seconds],
+        )
+
     def points(self, layout: PairLayout, formats: tuple[str, str, str]) -> Iterator[PairPoint]:
         """The plans of one layout and its formats."""
-        firsts, seconds = self.batchings(layout)
-        decodes = [point_of(layout.decode, formats, row) for row in seconds]
-        for row in firsts:
-            first = point_of(layout.prefill, formats, row)
-            for second in decodes:
-                yield PairPoint(first, second)
+        for first, second in itertools.product(*self.halves(layout, formats)):
+            yield PairPoint(first, second)
 
 
 def pair_sizes(space: PairSpace) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from hardware import InputError
 from planner.evaluate import Evaluation, Evaluator
 from planner.evaluate_pair import PairEvaluator
 from planner.objectives import objective_vector, slo_distance_bound, slo_misses
-from planner.pairs import Point
+from planner.pairs import PairSpace, Point
 from planner.pareto import non_dominated, normalise
 from planner.search.base import (
     Clock,
@@ -195,7 +195,12 @@ class SearchRun:
 
     def gate(self, group: int) -> tuple[list[Bound], list[Rejected]]:
         """A group's plans that can run, with their bounds; the others with their reasons."""
-        return self.gate_points(self.space.points(*self.space.groups[group]))
+        layout, formats = self.space.groups[group]
+        if not isinstance(self.evaluator, PairEvaluator) or not isinstance(self.space, PairSpace):
+            return self.gate_points(self.space.points(layout, formats))
+        points, refused = self.evaluator.sift(*self.space.halves(layout, formats))
+        passed, _ = self.gate_points(points)
+        return passed, [Rejected(*row) for row in refused]
 
     def gate_points(self, points: Iterable[Point]) -> tuple[list[Bound], list[Rejected]]:
         """The same for any plans."""
