@@ -244,7 +244,7 @@ class Planner:
         problem = check(point, question.spec, question.cluster, question.engine)
         judges = Judges(question.evaluator(tables=self._tables), isinstance(point, PairPoint))
         judge = judges.of_point(point)
-        reason = judge.reject(point)
+        reason = problem.reason if problem else judge.reject(point)
         if reason:
             return {
                 "status": "infeasible",
