@@ -26,8 +26,8 @@ from scipy import stats
 
 from hardware import InputError
 from planner.engines import EngineProfile, load_profile
+from planner.given import check_plan, resolve_plan
 from planner.pipeline import Planner
-from planner.plans import check_plan, resolve_plan
 from planner.request import parse_plan
 
 DEVICES = {

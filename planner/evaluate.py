@@ -20,11 +20,12 @@ from costmodels import AtClock, CostModel, StepTables, compile_tables
 from hardware import Cluster, InputError
 from planner.bounds import STATISTICS, WorkBounds, WorkFacts, metric_bounds, work_bounds
 from planner.engines import EngineProfile
+from planner.given import check_plan
 from planner.memory import MemoryPlan, plan_memory
 from planner.models import ModelSpec, attention_cap_tokens, step_terms
 from planner.objectives import OBJECTIVES, bound_vector
 from planner.pairs import Point
-from planner.plans import PlanPoint, PlanSpace, check_engine, check_plan, half_format
+from planner.plans import PlanPoint, PlanSpace, check_engine, half_format
 from planner.request import Site
 from planner.reuse import Runs
 from planner.simulator import SchedulerConfig, SimulationResult, simulate

@@ -12,10 +12,11 @@ from costmodels import AtClock, Collective
 from costmodels.ops import FloatArray
 from hardware import CommGroup, InputError
 from planner.evaluate import Evaluation, Evaluator
+from planner.given import PlanProblem
 from planner.memory import MemoryPlan, kv_footprint
 from planner.objectives import bound_vector
 from planner.pairs import PairPoint, Point, check
-from planner.plans import PlanPoint, PlanProblem
+from planner.plans import PlanPoint
 from planner.reuse import Runs
 from planner.simulator import (
     PairResult,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from planner.given import PlanProblem
 from planner.models import ModelSpec
-from planner.plans import PlanProblem
 
 #: Vendors of whose devices an engine's hand-over by NIXL is known without a buffer on the host.
 _VENDORS = ("nvidia", "amd")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from hardware import Cluster, InputError, Pool
 from planner.engines import EngineProfile
+from planner.given import PlanProblem, check_plan, resolve_plan, resolve_worker
 from planner.handover import Side, handover_problem
 from planner.models import Degrees, ModelSpec, check_degrees
 from planner.plans import (
@@ -20,18 +21,14 @@ from planner.plans import (
     Excluded,
     Layout,
     PlanPoint,
-    PlanProblem,
     PlanSpace,
     Row,
     Traits,
     check_clock,
     check_formats,
-    check_plan,
     id_of,
     label_of,
     point_of,
-    resolve_plan,
-    resolve_worker,
     worker_devices,
 )
 from planner.request import Plan, SpaceLimits

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from api.runs import Runs
 from hardware import InputError
-from planner.plans import resolve_plan
+from planner.given import resolve_plan
 from planner.request import parse_plan
 from planner.simulator.simulate import simulate
 from web import charts

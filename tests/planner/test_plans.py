@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hardware import Cluster, InputError, build_cluster, load_catalog
 from planner.engines import EngineProfile, load_profile
+from planner.given import check_plan, resolve_plan
 from planner.models import ModelSpec, load_model
-from planner.plans import PlanSpace, check_plan, default_formats, resolve_plan
+from planner.plans import PlanSpace, default_formats
 from planner.request import SpaceLimits, parse_plan
 
 
