@@ -77,7 +77,7 @@ class WorkFacts:
         if bool((np.diff(self.release_s) < 0).any()):
             # A long prompt waits longer at the door; releasing in order of arrival is no later.
             self.release_s = np.minimum.accumulate(self.release_s[::-1])[::-1].copy()
-        self.open_loop = not workload.concurrency and bool((workload.parent < 0).all())
+        self.open_loop = workload.by_themselves
         self.shapes: dict[int, ShapeFacts] = {}
 
     def shape(self, tables: StepTables) -> ShapeFacts:

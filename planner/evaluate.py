@@ -28,7 +28,7 @@ from planner.pairs import Point
 from planner.plans import PlanPoint, PlanSpace, check_engine, half_format
 from planner.request import Site
 from planner.reuse import Runs
-from planner.simulator import SchedulerConfig, SimulationResult, simulate
+from planner.simulator import SchedulerConfig, SimulationResult, Stage, simulate
 from planner.workload import Workload
 
 
@@ -283,16 +283,19 @@ class Evaluator:
 
     def run(self, point: PlanPoint, *, time_factor: float = 1.0) -> tuple[SimulationResult, MemoryPlan]:
         """Simulate the whole workload on a plan that `reject` lets pass."""
+        stage = self.stage(point, time_factor)
+        result = simulate(self.workload, stage.tables, stage.config, **self.machines(point), slo=self.slo)
+        return result, self.memory(point)
+
+    def stage(self, point: PlanPoint, time_factor: float = 1.0) -> Stage:
+        """The plan's workers as the simulator takes them, every step slower by a factor."""
         memory = self.memory(point)
         if memory.shortfall:
             raise InputError("plan", memory.shortfall)
         tables = self.tables(point)
         if time_factor != 1.0:
             tables = tables.scaled(time_factor)
-        result = simulate(
-            self.workload, tables, self.scheduler(point, memory), **self.machines(point), slo=self.slo
-        )
-        return result, memory
+        return Stage(tables, self.scheduler(point, memory), **self.machines(point))
 
     def machines(self, point: PlanPoint) -> dict[str, Any]:
         """What the simulator must know of a plan's devices beside their step tables."""

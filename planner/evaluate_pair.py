@@ -10,7 +10,7 @@ import numpy as np
 
 from costmodels import AtClock, Collective
 from costmodels.ops import FloatArray
-from hardware import CommGroup, InputError
+from hardware import CommGroup
 from planner.evaluate import Evaluation, Evaluator
 from planner.given import PlanProblem
 from planner.memory import MemoryPlan, kv_footprint
@@ -22,7 +22,6 @@ from planner.simulator import (
     PairResult,
     Prompts,
     Stage,
-    one_way,
     prompts_of,
     simulate_pair,
     simulate_prompts,
@@ -70,7 +69,6 @@ class PairEvaluator:
         self._least: dict[tuple[int, PlanPoint], float] = {}
         self._ways: dict[tuple[int, float], tuple[float, float]] = {}
         self._outputs = float(self.workload.output_tokens.sum())
-        self._one_way = one_way(self.workload)
         self._prompts: dict[tuple[Any, ...], Prompts] = {}
         self._runs = Runs(self.workload)
 
@@ -193,27 +191,18 @@ class PairEvaluator:
         """USD per hour of all devices of the plan."""
         return sum(part.price(own) for part, own in self.parts(point))
 
-    def stage(self, point: PairPoint, which: int, factor: float = 1.0) -> Stage:
-        """Prefill workers (0) or decode workers (1) as the simulator takes them, steps slower by a factor."""
-        part, own = self.parts(point)[which]
-        held = part.memory(own)
-        if held.shortfall:
-            raise InputError("plan", held.shortfall)
-        tables = part.tables(own)
-        if factor != 1.0:
-            tables = tables.scaled(factor)
-        config = part.scheduler(own, held)
-        if part is self.decode:
-            config = replace(config, brought=self.engine.brought)
-        return Stage(tables, config, **part.machines(own))
+    def stages(self, point: PairPoint, time_factors: tuple[float, float] = (1.0, 1.0)) -> tuple[Stage, Stage]:
+        """Both kinds of workers as the simulator takes them, their steps slower by factors."""
+        first = self.prefill.stage(point.prefill, time_factors[0])
+        second = self.decode.stage(point.decode, time_factors[1])
+        return first, replace(second, config=replace(second.config, brought=self.engine.brought))
 
     def run(
         self, point: PairPoint, *, time_factors: tuple[float, float] = (1.0, 1.0)
     ) -> tuple[PairResult, tuple[MemoryPlan, MemoryPlan]]:
         """Simulate the whole workload on a plan that `reject` lets pass."""
-        stages = [self.stage(point, which, factor) for which, factor in enumerate(time_factors)]
         seconds = self.handover(point).seconds
-        result = simulate_pair(self.workload, stages[0], stages[1], seconds, slo=self.slo)
+        result = simulate_pair(self.workload, *self.stages(point, time_factors), seconds, slo=self.slo)
         return result, self.memory(point)
 
     def evaluate(self, point: PairPoint, *, interval: bool = True) -> Evaluation:
@@ -235,9 +224,9 @@ class PairEvaluator:
         Where requests come by themselves, prefill workers run once for all pairs that have them, and decode
         workers behind equal ones once for all limits that do not bind.
         """
-        stages = self.stage(point, 0), self.stage(point, 1)
+        stages = self.stages(point)
         way = self.handover(point)
-        if not self._one_way:
+        if not self.workload.by_themselves:
             result = simulate_pair(self.workload, *stages, way.seconds, slo=self.slo)
             return result.metrics(), (result.prefill.peak_kv_blocks, result.decode.peak_kv_blocks)
         key = (self.prefill.shape_key(point.prefill), stages[0].config)

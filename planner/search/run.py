@@ -199,24 +199,29 @@ class SearchRun:
         if not isinstance(self.evaluator, PairEvaluator) or not isinstance(self.space, PairSpace):
             return self.gate_points(self.space.points(layout, formats))
         points, refused = self.evaluator.sift(*self.space.halves(layout, formats))
-        passed, _ = self.gate_points(points)
-        return passed, [Rejected(*row) for row in refused]
+        return [self._bound(point) for point in points], [Rejected(*row) for row in refused]
 
     def gate_points(self, points: Iterable[Point]) -> tuple[list[Bound], list[Rejected]]:
         """The same for any plans."""
         passed: list[Bound] = []
         reasons: dict[str, list[Point]] = {}
-        evaluator, objectives, slo = self.evaluator, self.objectives, self.evaluator.slo
         for point in points:
-            reason = evaluator.reject(point)
+            reason = self.evaluator.reject(point)
             if reason:
                 reasons.setdefault(reason, []).append(point)
-                continue
-            bounds = evaluator.bounds(point, self.wanted)
-            vector = evaluator.bound_vector(point, objectives, bounds)
-            passed.append(Bound(point, vector, slo_distance_bound(slo, bounds), evaluator, objectives))
-        self.known += passed
+            else:
+                passed.append(self._bound(point))
         return passed, [Rejected(plans[0], reason, len(plans)) for reason, plans in reasons.items()]
+
+    def _bound(self, point: Point) -> Bound:
+        """What bounds say of a plan that passed the gates; the gap is measured from all of these."""
+        evaluator = self.evaluator
+        bounds = evaluator.bounds(point, self.wanted)
+        vector = evaluator.bound_vector(point, self.objectives, bounds)
+        distance = slo_distance_bound(evaluator.slo, bounds)
+        found = Bound(point, vector, distance, evaluator, self.objectives)
+        self.known.append(found)
+        return found
 
     # --- simulation ---------------------------------------------------------------------------
 

@@ -118,11 +118,6 @@ def prompts_of(workload: Workload) -> Workload:
     return replace(workload, output_tokens=np.ones_like(workload.output_tokens))
 
 
-def one_way(workload: Workload) -> bool:
-    """Whether every request comes by itself: then prefill workers never wait for decode workers."""
-    return not workload.concurrency and bool((workload.parent < 0).all())
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompts:
     """What prefill workers did: arrivals and first tokens [N], which is when they hand over, in s."""
@@ -133,8 +128,8 @@ class Prompts:
 
 
 def simulate_prompts(workload: Workload, prefill: Stage) -> Prompts:
-    """Run the prefill workers of a workload that is `one_way`, whatever decode workers follow."""
-    if not one_way(workload):
+    """Run the prefill workers of requests that come by themselves, whatever decode workers follow."""
+    if not workload.by_themselves:
         raise ValueError("requests that wait for the ends of others need both stages")
     first = _First(workload, prefill)
     first.arrive(np.arange(len(workload)), heaped=False)
@@ -209,7 +204,7 @@ def simulate_pair(
     store = empty_store(workload, decode.tables, second, rows, second.replicas, 1, pending=len(workload))
     worker = np.arange(len(workload)) % second.replicas
     ends_early = (workload.output_tokens == 1) & (second.brought == WITH_FIRST_TOKEN)
-    if one_way(workload):
+    if workload.by_themselves:
         prompts = simulate_prompts(workload, prefill) if prompts is None else prompts
         _handed_out(store)
         rows.floats[:, core.ARRIVE] = prompts.handed_s + transfer_s

@@ -45,5 +45,10 @@ class Workload:
     prefix_unique: int
     source: str = ""
 
+    @property
+    def by_themselves(self) -> bool:
+        """Whether no request waits for the end of another: no clients of a closed loop, no later turns."""
+        return not self.concurrency and bool((self.parent < 0).all())
+
     def __len__(self) -> int:
         return int(self.input_tokens.shape[0])
